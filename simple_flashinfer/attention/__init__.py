@@ -1,0 +1,17 @@
+"""Appending K/V to pages, and attending to them: one interface, one backend a file."""
+
+from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata, UnsupportedLayerError
+
+__all__ = ["AttentionBackend", "AttentionLayer", "AttentionMetadata", "UnsupportedLayerError", "backend_class"]
+
+
+def backend_class(name: str) -> type[AttentionBackend]:
+    """`flashinfer` or `sdpa`. Raises ImportError, saying what to install, when the backend's library is missing."""
+    if name == "flashinfer":
+        from simple_flashinfer.attention.flashinfer import FlashInferBackend
+
+        FlashInferBackend.require_library()
+        return FlashInferBackend
+    from simple_flashinfer.attention.sdpa import SdpaBackend
+
+    return SdpaBackend

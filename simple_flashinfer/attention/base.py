@@ -1,0 +1,136 @@
+"""What the runner asks of an attention backend, in FlashInfer's words.
+
+R requests and T tokens stand in one flat batch. Request i has the query tokens qo_indptr[i] : qo_indptr[i + 1] and the
+pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]]; its last page holds kv_last_page_len[i] tokens, 1 to page_size, the
+query tokens included: a query token at position p attends to positions 0 .. p.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from simple_flashinfer.types import Int32Array, SchedulerOutput
+
+
+class UnsupportedLayerError(ValueError):
+    """The model has a layer that the backend would compute wrongly; the message names the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """What one layer passes to attention, as seen in a trial forward pass of the model.
+
+    sliding_window counts the token itself: 1 attends to nothing else. softcap bounds the scores by
+    softcap * tanh(score / softcap). Sinks are one learned logit a head that joins the softmax but has no value.
+    """
+
+    layer_idx: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.num_kv_heads * (self.head_dim_qk + self.head_dim_vo) * dtype.itemsize
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step's batch, host side. The first num_decodes requests have one query token each.
+
+    Shapes: qo_indptr, kv_indptr int32 [R + 1]; kv_indices int32 [pages of all]; kv_last_page_len, kv_lens int32 [R];
+    batch_indices (the request of each token), positions int32 [T].
+    """
+
+    num_decodes: int
+    qo_indptr: Int32Array
+    kv_indptr: Int32Array
+    kv_indices: Int32Array
+    kv_last_page_len: Int32Array
+    kv_lens: Int32Array
+    batch_indices: Int32Array
+    positions: Int32Array
+
+    @classmethod
+    def of(cls, batch: SchedulerOutput) -> "AttentionMetadata":
+        """Copies out of the live table what this step needs."""
+        scheduled, table = batch.num_scheduled_tokens, batch.table
+        kv_lens = batch.num_computed_tokens + scheduled
+        num_pages = -(-kv_lens // table.page_size)
+        qo_indptr = _indptr(scheduled)
+        batch_indices = np.repeat(np.arange(len(scheduled), dtype=np.int32), scheduled)
+        first = (batch.num_computed_tokens - qo_indptr[:-1])[batch_indices]
+        columns = np.arange(int(num_pages.max()))
+        return cls(
+            num_decodes=batch.num_decodes,
+            qo_indptr=qo_indptr,
+            kv_indptr=_indptr(num_pages),
+            kv_indices=table.page_table[batch.rows, : len(columns)][columns < num_pages[:, None]],
+            kv_last_page_len=(kv_lens - (num_pages - 1) * table.page_size).astype(np.int32),
+            kv_lens=kv_lens,
+            batch_indices=batch_indices,
+            positions=np.arange(int(qo_indptr[-1]), dtype=np.int32) + first,
+        )
+
+
+def _indptr(lengths: Int32Array) -> Int32Array:
+    indptr = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=indptr[1:])
+    return indptr
+
+
+class AttentionBackend(ABC):
+    """Owns the K/V pages of all layers. One thread; `plan` once for each forward pass, then `run` once for each layer.
+
+    Raises UnsupportedLayerError when it can't compute one of the layers exactly.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        for layer in layers:
+            if reason := self.unsupported(layer, dtype):
+                raise UnsupportedLayerError(
+                    f"layer {layer.layer_idx} of the model {reason}, which the {type(self).__name__} can't compute"
+                )
+        self.layers = {layer.layer_idx: layer for layer in layers}
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = device
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:
+        """What of this layer the backend can't do ("uses ..."), or None."""
+
+    @abstractmethod
+    def plan(self, metadata: AttentionMetadata) -> None:
+        """Host-side work that all layers of one forward pass share."""
+
+    @abstractmethod
+    def run(
+        self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Appends k and v to the planned pages and attends.
+
+        q [T, num_qo_heads, head_dim_qk], k [T, num_kv_heads, head_dim_qk], v [T, num_kv_heads, head_dim_vo], all in
+        `dtype`; sinks [num_qo_heads]. Returns [T, num_qo_heads, head_dim_vo].
+        """
+
+    @abstractmethod
+    def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of some pages, each [num_kv_heads, len(pages) * page_size, head_dim]: for checks, not for speed."""

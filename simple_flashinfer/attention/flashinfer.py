@@ -1,0 +1,165 @@
+"""Paged attention by FlashInfer's kernels, on CUDA. The only file that imports flashinfer, and only when it is asked to.
+
+A layer's cache is one [num_pages, 2, page_size, num_kv_heads, head_dim] tensor (NHD layout): K and V have equal strides,
+for which FlashInfer needs no second compiled module. Layers that differ in scale, window, cap or shape are planned
+apart: each kind of layer has one wrapper for decode and one for prefill, over one shared workspace (they run one
+after the other on one stream).
+
+Requests with one query token take the decode wrapper, all others the prefill wrapper, which does chunks over a cached
+prefix as well. Index arrays that `plan` reads on the host are given as CPU tensors, so that planning never waits for the
+device; page numbers go to the device, where the kernels read them.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata
+from simple_flashinfer.types import Int32Array
+
+_WORKSPACE_BYTES = 256 << 20
+_HEAD_DIMS = (64, 128, 256)
+_TENSOR_CORE_GROUP = 4  # query heads per K/V head from which decode is faster on tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Layers that one plan serves."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    window_left: int  # FlashInfer does not count the token itself; -1 is no window
+    softcap: float
+
+    @classmethod
+    def of(cls, layer: AttentionLayer) -> "_Kind":
+        window_left = -1 if layer.sliding_window is None else layer.sliding_window - 1
+        return cls(
+            layer.num_qo_heads, layer.num_kv_heads, layer.head_dim_qk, layer.scaling, window_left, layer.softcap or 0.0
+        )
+
+
+class FlashInferBackend(AttentionBackend):
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+        import flashinfer
+
+        self._flashinfer = flashinfer
+        self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._kinds = {layer.layer_idx: _Kind.of(layer) for layer in layers}
+        self._prefill: dict[_Kind, Any] = {}
+        self._decode: dict[_Kind, Any] = {}
+        for kind in dict.fromkeys(self._kinds.values()):
+            self._prefill[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+            self._decode[kind] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "NHD",
+                use_tensor_cores=kind.num_qo_heads // kind.num_kv_heads >= _TENSOR_CORE_GROUP,
+            )
+        self._caches = {
+            layer.layer_idx: torch.zeros(
+                num_pages, 2, page_size, layer.num_kv_heads, layer.head_dim_qk, dtype=dtype, device=device
+            )
+            for layer in layers
+        }
+
+    @staticmethod
+    def require_library() -> None:
+        if importlib.util.find_spec("flashinfer") is None:
+            raise ImportError(
+                "attention_backend flashinfer needs the package flashinfer-python; "
+                "install it with: pip install 'simple-flashinfer[cuda]'"
+            )
+
+    @classmethod
+    def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"has attention in {str(dtype).removeprefix('torch.')} (set --torch_dtype_autocast bfloat16)"
+        if layer.head_dim_qk != layer.head_dim_vo:
+            return f"has keys of {layer.head_dim_qk} and values of {layer.head_dim_vo} numbers a head"
+        if layer.head_dim_qk not in _HEAD_DIMS:
+            return f"has a head_dim of {layer.head_dim_qk} (it can be {', '.join(map(str, _HEAD_DIMS))})"
+        if layer.has_sinks:
+            return "uses attention sinks"
+        return None
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        meta, decodes = metadata, metadata.num_decodes
+        self._num_decodes = decodes
+        self._append = {
+            "batch_indices": self._on_device(meta.batch_indices),
+            "positions": self._on_device(meta.positions),
+            "kv_indices": self._on_device(meta.kv_indices),
+            "kv_indptr": self._on_device(meta.kv_indptr),
+            "kv_last_page_len": self._on_device(meta.kv_last_page_len),
+        }
+        indices = self._append["kv_indices"]
+        split = int(meta.kv_indptr[decodes])
+        shared = {"q_data_type": self.dtype, "kv_data_type": self.dtype}
+        for kind, wrapper in self._decode.items():
+            if decodes:
+                wrapper.plan(
+                    torch.from_numpy(meta.kv_indptr[: decodes + 1]),
+                    indices[:split],
+                    torch.from_numpy(meta.kv_last_page_len[:decodes]),
+                    kind.num_qo_heads,
+                    kind.num_kv_heads,
+                    kind.head_dim,
+                    self.page_size,
+                    window_left=kind.window_left,
+                    logits_soft_cap=kind.softcap,
+                    sm_scale=kind.scaling,
+                    **shared,
+                )
+        for kind, wrapper in self._prefill.items():
+            if decodes < len(meta.kv_lens):
+                wrapper.plan(
+                    torch.from_numpy(meta.qo_indptr[decodes:] - decodes),
+                    torch.from_numpy(meta.kv_indptr[decodes:] - split),
+                    indices[split:],
+                    torch.from_numpy(meta.kv_last_page_len[decodes:]),
+                    kind.num_qo_heads,
+                    kind.num_kv_heads,
+                    kind.head_dim,
+                    self.page_size,
+                    causal=True,
+                    sm_scale=kind.scaling,
+                    window_left=kind.window_left,
+                    logits_soft_cap=kind.softcap,
+                    **shared,
+                )
+
+    def run(
+        self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert sinks is None  # refused at load
+        kind, cache, decodes = self._kinds[layer_idx], self._caches[layer_idx], self._num_decodes
+        # the kernel checks neither bounds nor strides beyond the last: hand over what it expects
+        self._flashinfer.append_paged_kv_cache(k.contiguous(), v.contiguous(), paged_kv_cache=cache, **self._append)
+        q = q.contiguous()
+        if decodes == len(q):
+            return self._decode[kind].run(q, cache)  # type: ignore[no-any-return]
+        if decodes == 0:
+            return self._prefill[kind].run(q, cache)  # type: ignore[no-any-return]
+        return torch.cat([self._decode[kind].run(q[:decodes], cache), self._prefill[kind].run(q[decodes:], cache)])
+
+    def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self._caches[layer_idx][pages].permute(1, 3, 0, 2, 4).flatten(2, 3)
+        return k, v
+
+    def _on_device(self, array: Int32Array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

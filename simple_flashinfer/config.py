@@ -1,0 +1,247 @@
+"""Every setting, declared once.
+
+A field of `Config` is at the same time a flag (`--max_sequence` or `--max-sequence`), an environment variable
+(`MAX_SEQUENCE`), a default and a line of `--help`. A flag wins over the variable, the variable over the default.
+Nothing is read at import time, and a `Config` never changes: what depends on the machine or on the model (the real
+device, the number of pages) is worked out later and kept where it is worked out.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NoReturn
+
+DEMO_MODEL = "demo"
+
+
+class ConfigError(ValueError):
+    """A setting that can't be; the message is one sentence for the person who typed it."""
+
+
+def parse_bool(text: str) -> bool:
+    value = text.strip().lower()
+    if value in ("true", "1", "yes", "on"):
+        return True
+    if value in ("false", "0", "no", "off", ""):
+        return False
+    raise ValueError("must be true or false")
+
+
+def parse_bytes(text: str) -> int | None:
+    """`4GiB`, `4g`, `512M`, `1.5GB` or a plain number of bytes; `auto` is None. GB means 10^9, GiB and G mean 2^30."""
+    if text.strip().lower() in ("auto", ""):
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if not match:
+        raise ValueError("must be a size such as 4GiB or 512MB, or auto")
+    number, prefix, unit = match.groups()
+    base = 1000 if unit == "b" and prefix else 1024
+    return int(float(number) * base ** " kmgt".index(prefix or " "))
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        value = text.strip().lower()
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return value
+
+    return parse
+
+
+def _number(kind: type, low: float, high: float = float("inf"), auto: bool = False) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if auto and text.strip().lower() in ("auto", ""):
+            return None
+        bounds = f"from {low:g}" + (f" to {high:g}" if high < float("inf") else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise ValueError(f"must be {'a whole number' if kind is int else 'a number'} {bounds}" + " or auto" * auto)
+        return value
+
+    return parse
+
+
+def _optional_text(text: str) -> str | None:
+    return text or None
+
+
+def _setting(default: Any, parse: Callable[[str], Any], group: str, help: str, show: str | None = None) -> Any:  # noqa: A002
+    return field(default=default, metadata={"parse": parse, "group": group, "help": help, "show": show})
+
+
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    host: str = _setting("0.0.0.0", str, "server", "address to listen on; 127.0.0.1 for this machine only")
+    port: int = _setting(7088, _number(int, 0, 65535), "server", "port to listen on; 0 picks a free one")
+    api_key: str | None = _setting(
+        None, _optional_text, "server", "clients must send it as `Authorization: Bearer KEY`", "none"
+    )
+    served_model_name: str | None = _setting(
+        None, _optional_text, "server", "name of the model in the API; also accepted: the --model value, and `model`",
+        "the --model value",
+    )  # fmt: skip
+    loglevel: str = _setting(
+        "info", _choice("critical", "error", "warning", "info", "debug"), "server", "how much to log"
+    )
+    max_waiting: int = _setting(
+        1024, _number(int, 0), "server", "requests that may wait for a place in the batch; one more gets a 503"
+    )
+
+    model: str = _setting(
+        DEMO_MODEL, str, "model", "hub id or local folder of a HuggingFace causal LM; demo is a tiny one built offline"
+    )
+    load_format: str = _setting(
+        "auto", _choice("auto", "dummy"), "model", "dummy fills random weights in: needs only the model's config.json"
+    )
+    device: str = _setting(
+        "auto", _choice("auto", "cpu", "cuda"), "model", "where to run; auto is cuda where there is one"
+    )
+    torch_dtype: str = _setting(
+        "auto", _choice("auto", *_DTYPES), "model", "dtype of the weights; auto takes the checkpoint's"
+    )
+    torch_dtype_autocast: str = _setting(
+        "auto", _choice("auto", *_DTYPES), "model",
+        "dtype of attention and KV cache; auto takes the weights' (FlashInfer: bfloat16 for float32 weights)",
+    )  # fmt: skip
+    max_model_len: int | None = _setting(
+        None, _number(int, 1, auto=True), "model", "longest prompt + output of one request, in tokens", "the model's"
+    )
+
+    microsleep: float = _setting(
+        1e-4, _number(float, 0, 1), "batching",
+        "seconds to gather requests after an idle engine wakes up, so that they start in one batch",
+    )  # fmt: skip
+    max_sequence: int = _setting(128, _number(int, 1, 65536), "batching", "most requests that run at the same time")
+    max_num_batched_tokens: int = _setting(
+        2048, _number(int, 1), "batching", "most tokens in one step; longer prompts are computed in chunks"
+    )
+    seed: int = _setting(
+        0, _number(int, 0, 2**63 - 1), "batching", "seeds the dummy weights, and requests that bring no seed"
+    )
+    engine_process: str = _setting(
+        "auto", _choice("auto", "true", "false"), "batching",
+        "run the engine in a process of its own; auto does so on cuda, where HTTP must not disturb it",
+    )  # fmt: skip
+
+    page_size: int = _setting(16, _number(int, 1, 1024), "memory", "tokens in a page of the KV cache")
+    memory_utilization: float = _setting(
+        0.9, _number(float, 0.01, 1), "memory", "share of the memory left after loading that the KV cache may take"
+    )
+    kv_cache_memory: int | None = _setting(
+        None, parse_bytes, "memory",
+        "size of the KV cache, such as 4GiB; auto fills memory_utilization on cuda, and is at most 4GiB on cpu",
+        "auto",
+    )  # fmt: skip
+
+    attention_backend: str = _setting(
+        "auto", _choice("auto", "flashinfer", "sdpa"), "speed", "auto is flashinfer on cuda, sdpa (plain torch) on cpu"
+    )
+    torch_compile: bool = _setting(False, parse_bool, "speed", "compile the model's forward with torch.compile")
+    torch_compile_mode: str = _setting(
+        "default", _choice("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), "speed",
+        "mode of torch.compile",
+    )  # fmt: skip
+    cuda_graph: bool = _setting(False, parse_bool, "speed", "replay decode steps as CUDA graphs (cuda only)")
+
+    compare_sdpa_prefill: bool = _setting(
+        False, parse_bool, "inspection", "log per layer how far prefill attention is from float32 torch attention"
+    )
+    torch_profiling: bool = _setting(
+        False, parse_bool, "inspection", "write a few torch profiler traces of engine steps into ./traces"
+    )
+
+    def __post_init__(self) -> None:
+        # Code that builds a Config passes values, not text: they go through the same checks as flags do.
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not f.default:
+                object.__setattr__(self, f.name, _parse(f.name, _to_text(value), f.metadata["parse"]))
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model in the API."""
+        return self.served_model_name or self.model
+
+
+def _to_text(value: Any) -> str:
+    return "auto" if value is None else str(value)
+
+
+def _parse(name: str, text: str, parse: Callable[[str], Any], source: str = "") -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{source or '--' + name} {error}, not {text!r}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message[0].lower() + message[1:])
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+_GROUPS = {
+    "server": "HTTP",
+    "model": "the model",
+    "batching": "batching and the engine loop",
+    "memory": "memory",
+    "speed": "speed",
+    "inspection": "looking inside",
+}
+
+_EPILOG = """\
+examples:
+  simple-flashinfer                                            a tiny demo model, on any machine, offline
+  simple-flashinfer --model Qwen/Qwen3-0.6B --port 8000        a model from the HuggingFace hub
+  MODEL=/models/llama MAX_SEQUENCE=64 simple-flashinfer        the same by environment, as in containers
+Flags may be written with dashes or underscores."""
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="simple-flashinfer",
+        description="Serve a HuggingFace causal language model over an OpenAI-compatible HTTP API.",
+        epilog=_EPILOG,
+        formatter_class=type("Formatter", (_Formatter, argparse.RawDescriptionHelpFormatter), {}),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    for f in fields(Config):
+        is_bool = isinstance(f.default, bool)
+        shown = f.metadata["show"] or _to_text(f.default).lower()
+        help_text = f"{f.metadata['help']} (default: {shown}, env: {f.name.upper()})".replace("%", "%%")
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}
+        metavar = "BOOL" if is_bool else f.name.upper().removeprefix("TORCH_")
+        groups[f.metadata["group"]].add_argument(f"--{f.name}", metavar=metavar, help=help_text, **options)
+    return parser
+
+
+def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Config:
+    """Reads flags and environment. Raises ConfigError with one sentence; `--help` prints and raises SystemExit."""
+    environ = os.environ if environ is None else environ
+    normal = [re.sub(r"^--[^=]*", lambda m: m[0].replace("-", "_").replace("__", "--", 1), arg) for arg in argv]
+    given = vars(_parser().parse_args(normal))
+    values = {}
+    for f in fields(Config):
+        assert f.default is not MISSING
+        if f.name in given:
+            values[f.name] = _parse(f.name, given[f.name], f.metadata["parse"])
+        elif f.name.upper() in environ:
+            values[f.name] = _parse(
+                f.name, environ[f.name.upper()], f.metadata["parse"], f"environment variable {f.name.upper()}"
+            )
+    return Config(**values)

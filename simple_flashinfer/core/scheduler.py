@@ -1,0 +1,249 @@
+"""Which tokens to compute in the next step.
+
+There is no prefill phase and no decode phase. Every request has `num_tokens` known and `num_computed_tokens` computed;
+each step lets the second catch up with the first under one budget, `max_num_batched_tokens`. A decode is a request
+that is one behind; a chunked prefill is one that gets less than it is behind; preemption sets the second number to 0.
+
+Order is first come, first served: running requests stand in the order of their arrival and all are older than any that
+waits. When pages run out the youngest running request is preempted, to the front of the queue; the oldest can always
+go on (a request that could not have the whole pool is refused by `add`), so every request ends.
+
+Whatever happens each step to each request is array arithmetic over the rows of the `RequestTable`; Python loops run
+over what is rare: requests that start, end or are preempted, and the outputs.
+"""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from simple_flashinfer.core.kv_cache import KVCacheManager
+from simple_flashinfer.core.request import NO_ROW, Request
+from simple_flashinfer.types import (
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    Int32Array,
+    ModelOutput,
+    RequestTable,
+    SchedulerOutput,
+)
+
+_NO_TOKEN = -1
+
+
+class Scheduler:
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, page_size: int, num_pages: int
+    ) -> None:
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.table = RequestTable(max_num_seqs, max_model_len, page_size)
+        self.kv = KVCacheManager(self.table, num_pages)
+        self._requests: dict[str, Request] = {}
+        self._waiting: OrderedDict[str, Request] = OrderedDict()  # preempted ones first, then by arrival
+        self._running: Int32Array = np.empty(0, np.int32)  # rows, by arrival
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._by_row: list[Request | None] = [None] * max_num_seqs
+        self._unannounced: dict[int, Request] = {}  # rows whose request the executor has not been told of
+        self._max_total_tokens = np.zeros(max_num_seqs, np.int32)
+        self._stop_token_ids = np.full((max_num_seqs, 4), _NO_TOKEN, np.int32)
+        self._num_steps = 0
+        self._num_preemptions = 0
+
+    # -- coming and going ------------------------------------------------------------------------------------------
+
+    def add(self, spec: EngineRequest) -> None:
+        """Queues a request. Raises ValueError, naming the limit, when it could never run."""
+        num_prompt, total = len(spec.prompt_token_ids), len(spec.prompt_token_ids) + spec.max_tokens
+        if spec.request_id in self._requests:
+            raise ValueError(f"request_id {spec.request_id!r} is in use")
+        if num_prompt == 0 or spec.max_tokens < 1:
+            raise ValueError("a request needs at least one prompt token and max_tokens of at least 1")
+        # the last token is drawn but never computed: it needs no page
+        if total > self.max_model_len or self.kv.pages_for(total - 1) > self.kv.pool.num_pages:
+            limit = min(self.max_model_len, self.kv.pool.num_pages * self.table.page_size + 1)
+            raise ValueError(f"prompt and output of {num_prompt} + {spec.max_tokens} tokens do not fit into {limit}")
+        request = Request(spec, np.asarray(spec.prompt_token_ids, np.int32))
+        self._requests[request.id] = self._waiting[request.id] = request
+
+    def abort(self, request_id: str) -> bool:
+        """Forgets a request, running or waiting, and frees its pages. False when there is no such request."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        if request.row == NO_ROW:
+            del self._waiting[request_id]
+        else:
+            self._running = self._running[self._running != request.row]
+            self._vacate(request)
+        del self._requests[request_id]
+        return True
+
+    def is_running(self, request_id: str) -> bool:
+        request = self._requests.get(request_id)
+        return request is not None and request.row != NO_ROW
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, only: str | None = None) -> SchedulerOutput | None:
+        """The next step, or None when there is no request. `only` runs one running request alone."""
+        table = self.table
+        if only is None:
+            preempted = self._make_room()
+            rows = self._running
+        else:
+            preempted = False
+            rows = np.array([self._requests[only].row], np.int32)
+        pending = table.num_tokens[rows] - table.num_computed_tokens[rows]
+        before = np.cumsum(pending) - pending
+        num_scheduled = np.clip(self.max_num_batched_tokens - before, 0, pending).astype(np.int32)
+        if only is None and not preempted:
+            admitted = self._admit(self.max_num_batched_tokens - int(num_scheduled.sum()))
+            if admitted:
+                rows = self._running
+                num_scheduled = np.append(num_scheduled, np.array(admitted, np.int32))
+        if not len(rows):
+            return None
+        # one-token rows first: they take the decode kernel, and the order is otherwise kept
+        order = np.argsort(num_scheduled > 1, kind="stable")
+        order = order[num_scheduled[order] > 0]
+        rows, num_scheduled = rows[order], num_scheduled[order]
+        computed = table.num_computed_tokens[rows]
+        return SchedulerOutput(
+            rows=rows,
+            num_scheduled_tokens=num_scheduled,
+            num_computed_tokens=computed,
+            num_decodes=int((num_scheduled == 1).sum()),
+            samples=computed + num_scheduled == table.num_tokens[rows],
+            table=table,
+            new_requests=[(row, self._unannounced[row].spec) for row in rows.tolist() if row in self._unannounced]
+            if self._unannounced
+            else [],
+        )
+
+    def update(self, batch: SchedulerOutput, result: ModelOutput) -> list[EngineOutput]:
+        """Takes in what a step computed; finished requests leave."""
+        table = self.table
+        self._num_steps += 1
+        for row, _ in batch.new_requests:
+            self._unannounced.pop(row, None)
+        table.num_computed_tokens[batch.rows] += batch.num_scheduled_tokens
+        rows = batch.rows[batch.samples]
+        tokens = result.token_ids
+        ends = table.num_tokens[rows]
+        table.token_ids[rows, ends] = tokens
+        table.num_tokens[rows] = ends = ends + 1
+        stopped = (self._stop_token_ids[rows] == tokens[:, None]).any(axis=1)
+        done = stopped | (ends >= self._max_total_tokens[rows])
+
+        by_row = self._by_row
+        outputs = [
+            EngineOutput(by_row[row].spec.request_id, (token,))  # type: ignore[union-attr]
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
+        ]
+        if done.any():
+            for index in np.flatnonzero(done).tolist():
+                outputs[index].finish_reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
+                request = by_row[rows[index]]
+                assert request is not None
+                self._vacate(request)
+                del self._requests[request.id]
+            self._running = self._running[np.isin(self._running, rows[done], invert=True)]
+        return outputs
+
+    # -- places ----------------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Gives running requests the pages they need, preempting the youngest while there are not enough."""
+        preempted = False
+        while not self.kv.allocate(self._running):
+            request = self._by_row[self._running[-1]]
+            assert request is not None
+            self._running = self._running[:-1]
+            request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
+            self._vacate(request)
+            self._waiting[request.id] = request
+            self._waiting.move_to_end(request.id, last=False)
+            self._num_preemptions += 1
+            preempted = True
+        return preempted
+
+    def _admit(self, budget: int) -> list[int]:
+        """Moves waiting requests into free rows, in order; the tokens that each may compute in this step."""
+        admitted: list[int] = []
+        new_rows: list[int] = []
+        while self._waiting and self._free_rows and budget > 0:
+            request = next(iter(self._waiting.values()))
+            # Each running request may soon want one page more. Without this reserve an admission would often be
+            # followed by a preemption, and its prompt be computed twice.
+            reserve = len(self._running) + len(new_rows)
+            if self.kv.pages_for(len(request.token_ids)) + reserve > self.kv.pool.num_free:
+                break
+            del self._waiting[request.id]
+            self._occupy(request)
+            new_rows.append(request.row)
+            admitted.append(min(budget, len(request.token_ids)))
+            budget -= admitted[-1]
+        if new_rows:
+            self._running = np.append(self._running, np.array(new_rows, np.int32))
+        return admitted
+
+    def _occupy(self, request: Request) -> None:
+        table, row = self.table, self._free_rows.pop()
+        request.row = row
+        self._by_row[row] = self._unannounced[row] = request
+        num_tokens = len(request.token_ids)
+        table.token_ids[row, :num_tokens] = request.token_ids
+        table.num_tokens[row] = num_tokens
+        table.num_prompt_tokens[row] = len(request.spec.prompt_token_ids)
+        table.num_computed_tokens[row] = 0
+        self._max_total_tokens[row] = request.max_total_tokens
+        stops = request.spec.stop_token_ids
+        if (extra := len(stops) - self._stop_token_ids.shape[1]) > 0:
+            self._stop_token_ids = np.pad(self._stop_token_ids, ((0, 0), (0, extra)), constant_values=_NO_TOKEN)
+        self._stop_token_ids[row] = _NO_TOKEN
+        self._stop_token_ids[row, : len(stops)] = stops
+        self.kv.allocate(np.array([row], np.int32))
+
+    def _vacate(self, request: Request) -> None:
+        """Takes a request out of its row; its caller takes the row out of `_running`."""
+        row, request.row = request.row, NO_ROW
+        self.kv.free(row)
+        self._by_row[row] = None
+        self._unannounced.pop(row, None)
+        self._free_rows.append(row)
+
+    # -- looking inside --------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        pool = self.kv.pool
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_pages=pool.num_free,
+            num_pages=pool.num_pages,
+            num_preemptions=self._num_preemptions,
+            num_steps=self._num_steps,
+        )
+
+    def request_ids(self) -> list[str]:
+        return list(self._requests)
+
+    def ids_of(self, batch: SchedulerOutput) -> list[str]:
+        return [request.id for row in batch.rows.tolist() if (request := self._by_row[row]) is not None]
+
+    def check(self) -> None:
+        """Raises AssertionError when rows, requests and pages do not agree. For tests, and when idle in debug mode."""
+        table, running = self.table, self._running
+        self.kv.check(running)
+        occupied = [row for row, request in enumerate(self._by_row) if request is not None]
+        assert sorted(running.tolist()) == occupied
+        assert sorted([*occupied, *self._free_rows]) == list(range(len(self._by_row)))
+        assert len(self._requests) == len(running) + len(self._waiting)
+        assert (table.num_computed_tokens[running] < table.num_tokens[running]).all()
+        assert (table.num_tokens[running] < self._max_total_tokens[running]).all()

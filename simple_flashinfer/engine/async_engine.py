@@ -1,0 +1,86 @@
+"""The engine as an async iterator: what the HTTP layer sees of it.
+
+Each request has an asyncio queue of its own that the engine's messages are dealt into, once a step. Whoever stops
+iterating, for whatever reason, aborts the request: a client that leaves frees its pages within one step.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+from simple_flashinfer.engine.channel import EngineFailure, FrontEnd, Message
+from simple_flashinfer.types import (
+    Abort,
+    Add,
+    EngineDeadError,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+class AsyncEngine:
+    """Lives in one event loop. `stats` is what the engine last told."""
+
+    def __init__(self, channel: FrontEnd, info: EngineInfo, max_requests: int) -> None:
+        self.info = info
+        self.stats = EngineStats(num_pages=info.num_pages, num_free_pages=info.num_pages)
+        self.failure: str | None = None  # why the engine is dead
+        self._channel = channel
+        self._max_requests = max_requests
+        self._queues: dict[str, asyncio.Queue[EngineOutput]] = {}
+
+    def start(self) -> None:
+        """Call in the event loop."""
+        self._channel.start(asyncio.get_running_loop(), self._on_message)
+
+    def check_ready(self, num_requests: int = 1) -> None:
+        """Raises EngineDeadError or QueueFullError when so many more requests would be refused."""
+        if self.failure is not None:
+            raise EngineDeadError(self.failure)
+        if len(self._queues) + num_requests > self._max_requests:
+            raise QueueFullError(f"{len(self._queues)} requests are running or waiting already")
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineOutput]]:
+        """All that has come since the last time, at least one output; the last one has a finish reason.
+
+        Raises EngineDeadError or QueueFullError before the first.
+        """
+        self.check_ready()
+        outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
+        self._queues[request.request_id] = outputs
+        self._channel.send(Add(request))
+        finished = False
+        try:
+            while not finished:
+                ready = [await outputs.get()]
+                while not outputs.empty():
+                    ready.append(outputs.get_nowait())
+                finished = ready[-1].finish_reason is not None
+                yield ready
+        finally:
+            del self._queues[request.request_id]
+            if not finished:
+                self._channel.send(Abort(request.request_id))
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, EngineFailure):
+            self.failure = message.message
+            for request_id, outputs in self._queues.items():
+                outputs.put_nowait(EngineOutput(request_id, (), FinishReason.ERROR, "The engine stopped working."))
+            return
+        self.stats = message.stats
+        for output in message.outputs:
+            if (waiting := self._queues.get(output.request_id)) is not None:  # None: its client left
+                waiting.put_nowait(output)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._channel.close)

@@ -1,0 +1,201 @@
+"""Puts an engine together, says what it will do, and starts it in a thread or in a process."""
+
+import logging
+import multiprocessing
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError
+from simple_flashinfer.core.engine import EngineCore
+from simple_flashinfer.core.scheduler import Scheduler
+from simple_flashinfer.engine.channel import EngineEnd, FrontEnd, ProcessChannel, ProcessEngineEnd, ThreadChannel
+from simple_flashinfer.engine.loop import serve
+from simple_flashinfer.types import EngineInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from simple_flashinfer.attention import AttentionBackend, AttentionLayer
+
+logger = logging.getLogger(__name__)
+
+_EXIT_SECONDS = 10
+
+
+def resolve_model(config: Config) -> str:
+    """The hub id or folder that transformers can read; the demo model is built here when it is not there yet."""
+    if config.model == DEMO_MODEL:
+        from simple_flashinfer.demo.build import ensure_demo_model
+
+        return str(ensure_demo_model())
+    return config.model
+
+
+class _Phases:
+    """Seconds of each part of the start."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+        return f"{sum(self._seconds.values()):.1f} s ({parts})"
+
+
+def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
+    """Loads the model, measures it, and sizes the KV cache. Raises ConfigError in a sentence when it can't be done."""
+    phases = _Phases()
+    import torch
+
+    from simple_flashinfer.attention import UnsupportedLayerError
+    from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
+    from simple_flashinfer.model.loader import load_model, resolve_device
+    from simple_flashinfer.model.runner import ModelRunner
+
+    phases.end("import")
+    device = resolve_device(config)
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError("--cuda_graph needs a CUDA device, and the model runs on cpu")
+    try:
+        loaded = load_model(path, config, device)
+        phases.end("load")
+        runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
+        layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
+        model_dtype = next(loaded.model.parameters()).dtype
+        name, dtype = _attention(config, device, model_dtype)
+        bytes_per_page = page_bytes(layers, config.page_size, dtype)
+        num_pages, max_model_len = plan_pages(config, bytes_per_page, device, loaded.max_model_len, reserve)
+        runner.use_backend(_make_backend(config, name, layers, num_pages, dtype, device))
+    except (UnsupportedLayerError, ImportError) as error:
+        raise ConfigError(f"--model {config.model}: {error}") from error
+    if config.torch_compile:
+        runner.compile(config.torch_compile_mode)
+    scheduler = Scheduler(
+        max_num_seqs=config.max_sequence,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        page_size=config.page_size,
+        num_pages=num_pages,
+    )
+    phases.end("plan")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    logger.info(
+        "Model: %s (%s), %s of %s weights on %s",
+        config.model, type(loaded.model).__name__, gib(loaded.weight_bytes), _name(model_dtype), where,
+    )  # fmt: skip
+    logger.info("Attention: %s in %s, %d layers", name, _name(dtype), len(layers))
+    logger.info(
+        "KV cache: %d pages of %d tokens = %d tokens in %s; %.1f sequences of max_model_len %d fit",
+        num_pages, config.page_size, num_pages * config.page_size, gib(num_pages * bytes_per_page),
+        num_pages * config.page_size / max_model_len, max_model_len,
+    )  # fmt: skip
+    logger.info("Engine ready in %s", phases)
+    info = EngineInfo(
+        max_model_len=max_model_len,
+        vocab_size=int(loaded.text_config.vocab_size),
+        page_size=config.page_size,
+        num_pages=num_pages,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    return EngineCore(scheduler, runner, check_when_idle=config.loglevel == "debug"), info
+
+
+def _attention(config: Config, device: "torch.device", model_dtype: "torch.dtype") -> tuple[str, "torch.dtype"]:
+    """Which backend, and the dtype of attention and KV cache."""
+    import torch
+
+    name = config.attention_backend
+    if name == "auto":
+        name = "flashinfer" if device.type == "cuda" else "sdpa"
+    if name == "flashinfer" and device.type != "cuda":
+        raise ConfigError("--attention_backend flashinfer needs a CUDA device; use --attention_backend sdpa")
+    if config.torch_dtype_autocast != "auto":
+        return name, getattr(torch, config.torch_dtype_autocast)
+    return name, torch.bfloat16 if name == "flashinfer" and model_dtype == torch.float32 else model_dtype
+
+
+def _make_backend(
+    config: Config,
+    name: str,
+    layers: "list[AttentionLayer]",
+    num_pages: int,
+    dtype: "torch.dtype",
+    device: "torch.device",
+) -> "AttentionBackend":
+    from simple_flashinfer.attention import backend_class
+    from simple_flashinfer.attention.compare import ComparingBackend
+
+    backend = backend_class(name)(layers, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    return ComparingBackend(backend) if config.compare_sdpa_prefill else backend
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def start_engine(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
+    """Returns when the engine is ready. Raises ConfigError in a sentence when it can't be."""
+    if _wants_process(config):
+        return _start_process(config, path)
+    core, info = build_engine(config, path)
+    sys.setswitchinterval(5e-4)  # the event loop must not wait 5 ms for the engine thread to let the interpreter go
+
+    def run(end: EngineEnd) -> None:
+        serve(core, end, config.microsleep)
+
+    return ThreadChannel(run), info
+
+
+def _wants_process(config: Config) -> bool:
+    if config.engine_process != "auto":
+        return config.engine_process == "true"
+    if config.device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _start_process(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
+    context = multiprocessing.get_context("spawn")  # a forked CUDA context does not work
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_engine_process, args=(config, path, theirs), name="engine", daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        ready: EngineInfo | str = ours.recv()
+    except EOFError:
+        process.join()
+        raise ConfigError(f"the engine process ended at start (exit code {process.exitcode})") from None
+    if isinstance(ready, str):
+        raise ConfigError(ready)
+
+    def wait_for_exit() -> None:
+        process.join(_EXIT_SECONDS)
+        if process.is_alive():
+            process.kill()
+
+    return ProcessChannel(ours, wait_for_exit), ready
+
+
+def _engine_process(config: Config, path: str, connection: Connection) -> None:
+    from simple_flashinfer.log import set_up_logging
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the front end decides
+    set_up_logging(config.loglevel)
+    try:
+        core, info = build_engine(config, path)
+    except ConfigError as error:
+        connection.send(str(error))
+        return
+    connection.send(info)
+    serve(core, ProcessEngineEnd(connection), config.microsleep)

@@ -1,0 +1,53 @@
+"""From a prompt and sampling parameters to an EngineRequest with nothing left open."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from simple_flashinfer.types import EngineInfo, EngineRequest, SamplingParams
+
+
+class ContextLengthError(ValueError):
+    """Prompt and output do not fit into the context."""
+
+    def __init__(self, limit: int, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        if max_tokens is None:
+            asked = f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer"
+        else:
+            asked = (
+                f"{num_prompt_tokens + max_tokens} tokens were asked for: "
+                f"{num_prompt_tokens} in the prompt and {max_tokens} for the answer"
+            )
+        super().__init__(f"The context of this model is {limit} tokens, but {asked}. Make one of them shorter.")
+
+
+class RequestFactory:
+    """Checks against the engine's limits, and settles max_tokens, seed and the tokens that end the output."""
+
+    def __init__(self, info: EngineInfo, seed: int) -> None:
+        self._info = info
+        self._random = random.Random(seed)
+        self._counter = itertools.count()
+
+    def make(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> EngineRequest:
+        """Raises ContextLengthError when it can't fit, ValueError for tokens that the model does not have."""
+        info, num_prompt = self._info, len(prompt_token_ids)
+        if num_prompt == 0:
+            raise ValueError("the prompt is empty: it has no tokens")
+        room = info.max_model_len - num_prompt
+        if room < (params.max_tokens or 1):
+            raise ContextLengthError(info.max_model_len, num_prompt, params.max_tokens)
+        prompt = np.asarray(prompt_token_ids, np.int64)
+        if prompt.min() < 0 or prompt.max() >= info.vocab_size:
+            raise ValueError(f"the prompt has token ids outside of 0 to {info.vocab_size - 1}")
+        stops = params.stop_token_ids + (() if params.ignore_eos else info.eos_token_ids)
+        return EngineRequest(
+            request_id=f"{next(self._counter)}",
+            prompt_token_ids=prompt.astype(np.int32),
+            params=params,
+            max_tokens=params.max_tokens if params.max_tokens is not None else room,
+            seed=params.seed if params.seed is not None else self._random.getrandbits(64),
+            stop_token_ids=tuple(dict.fromkeys(stops)),
+        )

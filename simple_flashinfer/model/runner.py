@@ -1,0 +1,103 @@
+"""The executor: one forward pass and one draw for each step."""
+
+import inspect
+import logging
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from simple_flashinfer.attention import AttentionBackend, AttentionLayer, AttentionMetadata
+from simple_flashinfer.model.attention_hook import AttentionHook
+from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token_ids
+from simple_flashinfer.model.loader import LoadedModel
+from simple_flashinfer.model.profiler import StepProfiler
+from simple_flashinfer.sampling import sample
+from simple_flashinfer.types import EngineDeadError, Int32Array, ModelOutput, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Implements core's Executor in the calling thread. `trace_layers`, then `use_backend`, then `execute`."""
+
+    def __init__(self, loaded: LoadedModel, device: torch.device, max_num_seqs: int, profile: bool = False) -> None:
+        if "logits_to_keep" not in inspect.signature(type(loaded.model).forward).parameters:
+            raise ValueError(f"{type(loaded.model).__name__} has no logits_to_keep, without which big batches don't fit")
+        self.device = device
+        self._model = loaded.model
+        self._num_layers = int(loaded.text_config.num_hidden_layers)
+        self._forward: Any = loaded.model
+        self._hook = AttentionHook(loaded.model)
+        self._inputs = InputBatch(max_num_seqs)
+        self._profiler = StepProfiler(enabled=profile)
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def trace_layers(self, num_tokens: int, num_logits: int) -> tuple[list[AttentionLayer], int]:
+        """Runs the model once with attention left out: what its layers ask of attention, and the peak bytes of activations.
+
+        On CUDA with the largest shapes of service, so that the peak can be kept free; on CPU one token is enough.
+        """
+        if self.device.type == "cpu":
+            num_tokens = num_logits = 1
+        else:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        num_logits = min(num_logits, num_tokens)
+        with torch.inference_mode():
+            zeros = np.zeros(num_tokens, np.int32)
+            logits = self._logits(zeros, np.arange(num_tokens, dtype=np.int32), np.arange(num_logits))
+            torch.softmax(logits.float(), dim=-1).cumsum(-1, dtype=torch.float64)  # what sampling takes at its worst
+        peak = torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else 0
+        return self._hook.layers(self._num_layers), peak
+
+    def use_backend(self, backend: AttentionBackend) -> None:
+        self._hook.backend = backend
+
+    def compile(self, mode: str) -> None:
+        """Compiles the forward pass; attention stays one opaque operator. Batch sizes are dynamic, so recompiles are few."""
+        self._hook.opaque = True
+        self._forward = torch.compile(self._model, mode=mode, dynamic=True)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def execute(self, batch: SchedulerOutput) -> Future[ModelOutput]:
+        future: Future[ModelOutput] = Future()
+        try:
+            with torch.inference_mode(), self._profiler.step():
+                future.set_result(self._execute(batch))
+        except torch.AcceleratorError as error:  # the CUDA context is lost: every later call would fail as well
+            future.set_exception(EngineDeadError(str(error)))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _execute(self, batch: SchedulerOutput) -> ModelOutput:
+        self._inputs.start(batch.new_requests)
+        metadata = AttentionMetadata.of(batch)
+        assert self._hook.backend is not None
+        self._hook.backend.plan(metadata)
+        last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
+        ids = token_ids(batch, metadata.batch_indices, metadata.positions)
+        logits = self._logits(ids, metadata.positions, last_tokens)
+        if not len(last_tokens):
+            return ModelOutput(np.empty(0, np.int32))
+        drawn = sample(logits, self._inputs.sampling(batch)).cpu().numpy().astype(np.int32)
+        if (drawn < 0).any():
+            raise FloatingPointError("the model's logits are not finite")
+        return ModelOutput(drawn)
+
+    def _logits(self, ids: Int32Array, positions: Int32Array, rows: np.ndarray) -> torch.Tensor:
+        """ids, positions int32 [T], rows [S] indices into them -> logits [S, vocab_size]"""
+        output = self._forward(
+            input_ids=device_tensor(ids, self.device)[None],
+            position_ids=device_tensor(positions, self.device)[None],
+            use_cache=False,
+            logits_to_keep=device_tensor(rows, self.device),
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def shutdown(self) -> None:
+        self._profiler.close()

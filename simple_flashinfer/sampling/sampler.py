@@ -1,0 +1,113 @@
+"""Draws one token from each row of logits.
+
+A draw depends on the request's seed and on the token's position only. The uniform number comes from a hash of the two
+(splitmix64; Steele, Lea and Flood, 2014), not from a generator with a state, and inverts the cumulative distribution
+in vocabulary order. Filters (top-k, top-p, min-p) only compare with a threshold, so that neither the way it was found nor
+the order of equal logits changes the result: a request gets the same token alone, in any batch, and when computed again.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from simple_flashinfer.sampling.penalties import PenalisedRow, apply_penalties
+
+FloatArray = npt.NDArray[np.float32]
+
+INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
+_TOP = 1024  # a top-p threshold is first looked for among so many logits; sorting a whole vocabulary costs 20 times more
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """Parameters of S rows, each [S]. Off is temperature 0 (greedy), top_k 0, top_p 0, min_p 0."""
+
+    temperature: FloatArray
+    top_k: npt.NDArray[np.int32]
+    top_p: FloatArray
+    min_p: FloatArray
+    seeds: npt.NDArray[np.uint64]
+    positions: npt.NDArray[np.int64]  # of the token to be drawn
+    penalised: list[PenalisedRow] = field(default_factory=list)
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite."""
+    logits = logits.float()
+    if batch.penalised:
+        logits = apply_penalties(logits, batch.penalised)
+    best, tokens = logits.max(dim=-1)
+    drawn = np.flatnonzero(batch.temperature > 0)
+    if len(drawn):
+        # the scalar product of filters: rows of one kind stand together, each pays for what it asks
+        rows = torch.from_numpy(drawn).to(logits.device)
+        shifted = (logits[rows] - best[rows, None]) / _column(batch.temperature[drawn], logits)
+        keep = _keep(shifted, batch, drawn)
+        probs = torch.softmax(shifted, dim=-1) if keep is None else torch.softmax(shifted.masked_fill(~keep, -torch.inf), -1)
+        cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+        uniform = torch.from_numpy(uniforms(batch.seeds[drawn], batch.positions[drawn])).to(logits.device)
+        # right=True never picks a token of probability 0: its step of the cumulative distribution is flat
+        picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        tokens[rows] = picked.clamp_max(logits.shape[-1] - 1)
+    return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
+
+
+def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, position); its last bit is left out, so that it times a sum stays below it."""
+    mixed = _splitmix64(seeds ^ _splitmix64(positions.astype(np.uint64)))
+    return (mixed >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _column(values: npt.NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.device)[:, None]
+
+
+def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp]) -> torch.Tensor | None:
+    """Which tokens may be drawn, bool [D, V], or None for all. `logits` are divided by temperature, their maximum is 0.
+
+    The order is HF's: top-k, then top-p of what is left, then min-p relative to the best token.
+    """
+    threshold = np.full(len(drawn), -np.inf, np.float32)
+    top_k, top_p, min_p = batch.top_k[drawn], batch.top_p[drawn], batch.min_p[drawn]
+    vocab = logits.shape[-1]
+    ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
+    limit = torch.from_numpy(threshold).to(logits.device)
+    if len(ranked):
+        index = torch.from_numpy(ranked).to(logits.device)
+        limit[index] = _rank_threshold(logits[index], top_k[ranked], top_p[ranked])
+    elif not (min_p > 0).any():
+        return None
+    if (min_p > 0).any():
+        with np.errstate(divide="ignore"):
+            limit = torch.maximum(limit, torch.from_numpy(np.log(min_p)).to(logits.device))
+    return logits >= limit[:, None]
+
+
+def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: FloatArray) -> torch.Tensor:
+    """The smallest logit that top-k and top-p leave in each row, [D]."""
+    vocab = logits.shape[-1]
+    k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)).to(logits.device)[:, None]
+    p = torch.from_numpy(np.where(top_p > 0, top_p, 1.0).astype(np.float64)).to(logits.device)[:, None]
+    log_total = torch.logsumexp(logits, dim=-1, keepdim=True, out=None).double()
+    width = min(vocab, _TOP)
+    while True:
+        values = logits.topk(width, dim=-1).values
+        inside = torch.arange(width, device=logits.device) < k
+        probs = (values.double() - log_total).exp() * inside
+        # of a row with top-k inside the width the total is known exactly; of others it is that of the vocabulary
+        total = torch.where(k <= width, probs.sum(-1, keepdim=True), 1.0)
+        before = probs.cumsum(-1) - probs
+        kept = inside & (before < p * total)
+        enough = kept[:, -1] & (k[:, 0] > width)  # the set may go on beyond what was looked at
+        if width == vocab or not bool(enough.any()):
+            return values.gather(1, kept.sum(-1, keepdim=True) - 1)[:, 0]
+        width = vocab

@@ -1,0 +1,1 @@
+"""HTTP only: validation, wording of answers, streaming. What is generated is the engine's business."""

@@ -1,0 +1,44 @@
+"""The FastAPI app: routers, the API key, and errors in OpenAI's form."""
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+
+from simple_flashinfer import __version__
+from simple_flashinfer.server import chat, completions, status
+from simple_flashinfer.server.errors import ApiError, add_error_handlers
+from simple_flashinfer.server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await service.engine.close()
+
+    app = FastAPI(title="simple-flashinfer", version=__version__, lifespan=lifespan)
+    app.state.service = service
+    add_error_handlers(app)
+    guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
+    for router in (chat.router, completions.router, status.router):
+        app.include_router(router, dependencies=guarded)
+    app.include_router(status.public)
+    return app
+
+
+def _key_check(key: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    expected = f"Bearer {key}".encode()
+
+    async def check(http: Request) -> None:
+        given = http.headers.get("authorization", "").encode()
+        if not secrets.compare_digest(given, expected):
+            raise ApiError(
+                401, "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.", code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+
+    return check

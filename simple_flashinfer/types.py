@@ -1,0 +1,204 @@
+"""Messages that cross a layer. Plain data: this module imports nothing of the project and no torch.
+
+Sizes in the comments: R scheduled requests, T scheduled tokens, S sampled tokens, all of one step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"  # the client left
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw the tokens of one request. Each default asks for nothing, but temperature 1.
+
+    Attributes:
+        max_tokens: most tokens to generate; None is all that the context has room for.
+        temperature: 0 is greedy, exactly.
+        top_p, top_k, min_p: 0 is off (so is top_p 1 and top_k -1).
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (HF); 1 is off.
+        presence_penalty, frequency_penalty: subtracted once, or once per occurrence, for tokens in the output (OpenAI).
+        seed: the same seed gives the same tokens, whatever else is in the batch; None draws one.
+        stop: strings that end the text, and are not part of it.
+        stop_token_ids: tokens that end the output, beside the model's own end-of-sequence tokens.
+        ignore_eos: go on after end-of-sequence tokens (stop_token_ids still stop).
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be greater than 0, not {self.repetition_penalty}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not contain an empty string")
+        if any(not 0 <= token < 2**31 for token in self.stop_token_ids):
+            raise ValueError("stop_token_ids must be token ids, 0 or greater")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 1, 2**31 - 1),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", -1, 2**31 - 1),
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0, 100),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("seed", -(2**63), 2**64 - 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request as the engine sees it: tokens only.
+
+    `stop_token_ids` holds every token that ends it, the model's own included; `max_tokens` and `seed` are settled.
+    """
+
+    request_id: str
+    prompt_token_ids: Int32Array
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the engine loop."""
+
+
+Command = Add | Abort | Stop
+
+
+class RequestTable:
+    """One row for each running request; the only copy of its tokens and of its page table.
+
+    The core writes. An executor reads, and only until its `execute` returns: the next `schedule` may change any row.
+    Rows are reused: what is right of `num_tokens` (of `num_pages`) in a row is left over from earlier requests.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+        def column() -> Int32Array:
+            return np.zeros(max_num_seqs, np.int32)
+
+        # np.zeros takes no memory before it is written to, so a long max_model_len costs nothing by itself
+        self.token_ids: Int32Array = np.zeros((max_num_seqs, max_model_len), np.int32)
+        self.page_table: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
+        self.num_prompt_tokens = column()
+        self.num_tokens = column()  # prompt and output, known so far
+        self.num_computed_tokens = column()  # those whose K/V is in the cache
+        self.num_pages = column()
+        self.page_size = page_size
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step. Requests with one token to compute stand before those with several.
+
+    Attributes:
+        rows: int32 [R], rows of `table`.
+        num_scheduled_tokens: int32 [R], at least 1 each; they follow `num_computed_tokens` in the row.
+        num_computed_tokens: int32 [R], before this step.
+        num_decodes: how many of the first rows have one token.
+        samples: bool [R], whether the step reaches the end of the known tokens, so that a token is drawn.
+        new_requests: (row, request) for each row that has another request than in the step before.
+    """
+
+    rows: Int32Array
+    num_scheduled_tokens: Int32Array
+    num_computed_tokens: Int32Array
+    num_decodes: int
+    samples: BoolArray
+    table: RequestTable
+    new_requests: list[tuple[int, EngineRequest]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """token_ids: int32 [S], one for each row with `samples` set, in the order of `SchedulerOutput.rows`."""
+
+    token_ids: Int32Array
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What one step gave one request. Exactly one output of each request has a finish reason, and it is the last."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with FinishReason.ERROR: what went wrong, for the client
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """All that one step has to tell; crosses the channel as one message."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the front end must know of a started engine."""
+
+    max_model_len: int
+    vocab_size: int
+    page_size: int
+    num_pages: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineDeadError(RuntimeError):
+    """The engine loop ended by a failure that it can't survive; only a restart helps."""
