@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for HuggingFace causal language models, and the same engine as a library.
 
-    from simple_flashinfer import LLM, SamplingParams
-    LLM(model="path/or/hub-id").generate(["Hello"], SamplingParams(max_tokens=16))
+from simple_flashinfer import LLM, SamplingParams
+LLM(model="path/or/hub-id").generate(["Hello"], SamplingParams(max_tokens=16))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -71,7 +71,7 @@ def _optional_text(text: str) -> str | None:
     return text or None
 
 
-def _setting(default: Any, parse: Callable[[str], Any], group: str, help: str, show: str | None = None) -> Any:  # noqa: A002
+def _setting(default: Any, parse: Callable[[str], Any], group: str, help: str, show: str | None = None) -> Any:
     return field(default=default, metadata={"parse": parse, "group": group, "help": help, "show": show})
 
 
@@ -89,9 +89,7 @@ class Config:
         None, _optional_text, "server", "name of the model in the API; also accepted: the --model value, and `model`",
         "the --model value",
     )  # fmt: skip
-    loglevel: str = _setting(
-        "info", _choice("critical", "error", "warning", "info", "debug"), "server", "how much to log"
-    )
+    loglevel: str = _setting("info", _choice("critical", "error", "warning", "info", "debug"), "server", "how much to log")
     max_waiting: int = _setting(
         1024, _number(int, 0), "server", "requests that may wait for a place in the batch; one more gets a 503"
     )
@@ -102,9 +100,7 @@ class Config:
     load_format: str = _setting(
         "auto", _choice("auto", "dummy"), "model", "dummy fills random weights in: needs only the model's config.json"
     )
-    device: str = _setting(
-        "auto", _choice("auto", "cpu", "cuda"), "model", "where to run; auto is cuda where there is one"
-    )
+    device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "model", "where to run; auto is cuda where there is one")
     torch_dtype: str = _setting(
         "auto", _choice("auto", *_DTYPES), "model", "dtype of the weights; auto takes the checkpoint's"
     )
@@ -188,7 +184,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message[0].lower() + message[1:])
 
 
-class _Formatter(argparse.HelpFormatter):
+class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 
@@ -215,7 +211,8 @@ def _parser() -> _Parser:
         prog="simple-flashinfer",
         description="Serve a HuggingFace causal language model over an OpenAI-compatible HTTP API.",
         epilog=_EPILOG,
-        formatter_class=type("Formatter", (_Formatter, argparse.RawDescriptionHelpFormatter), {}),
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

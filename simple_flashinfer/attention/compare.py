@@ -38,8 +38,7 @@ class ComparingBackend(AttentionBackend):
         out = self._backend.run(layer_idx, q, k, v, sinks)
         meta = self._metadata
         worst = [
-            self._difference(layer_idx, request, q, out, sinks)
-            for request in range(meta.num_decodes, len(meta.kv_lens))
+            self._difference(layer_idx, request, q, out, sinks) for request in range(meta.num_decodes, len(meta.kv_lens))
         ]
         if worst:
             logger.info(
@@ -58,7 +57,7 @@ class ComparingBackend(AttentionBackend):
         k, v = self.gather(layer_idx, torch.from_numpy(pages.astype(np.int64)).to(q.device))
         positions = torch.from_numpy(meta.positions[tokens]).to(q.device)
         mask = causal_mask(positions, torch.arange(kv_len, device=q.device), layer.sliding_window)
-        heads = q[tokens].transpose(0, 1).unflatten(0, (layer.num_kv_heads, -1))
+        heads = _by_kv_head(q[tokens], layer.num_kv_heads)
         reference = grouped_attention(
             heads[None].float(),
             k[None, :, :kv_len].float(),
@@ -68,8 +67,13 @@ class ComparingBackend(AttentionBackend):
             layer.softcap,
             sinks,
         )
-        got = out[tokens].transpose(0, 1).unflatten(0, (layer.num_kv_heads, -1))
+        got = _by_kv_head(out[tokens], layer.num_kv_heads)
         return float((reference[0] - got.float()).abs().max())
 
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._backend.gather(layer_idx, pages)
+
+
+def _by_kv_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[T, H, D] -> [num_kv_heads, H / num_kv_heads, T, D]"""
+    return x.transpose(0, 1).reshape(num_kv_heads, -1, len(x), x.shape[-1])

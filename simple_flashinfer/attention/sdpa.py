@@ -152,26 +152,31 @@ class SdpaBackend(AttentionBackend):
             groups.append(self._group(np.array([request], np.int32), first_page, num_pages, window))
         return groups
 
-    def _group(
-        self, requests: Int32Array, first_page: Int32Array, num_pages: Int32Array, window: int | None
-    ) -> _Group:
+    def _group(self, requests: Int32Array, first_page: Int32Array, num_pages: Int32Array, window: int | None) -> _Group:
         """Requests with equally many query tokens each, padded to the pages of the longest."""
         meta, size = self._metadata, self.page_size
         width = int(num_pages[requests].max())
         columns = np.arange(width)
         # padding repeats the request's last page; the mask hides it
-        page_numbers = np.minimum(columns, num_pages[requests, None] - 1) + (meta.kv_indptr[requests] + first_page[requests])[:, None]
+        page_numbers = (
+            np.minimum(columns, num_pages[requests, None] - 1) + (meta.kv_indptr[requests] + first_page[requests])[:, None]
+        )
         starts, ends = meta.qo_indptr[requests], meta.qo_indptr[requests + 1]
         num_q = int(ends[0] - starts[0])
         tokens = (starts[:, None] + np.arange(num_q)).flatten()
-        fresh = num_q > 1 and num_q == meta.kv_lens[requests[0]]
+        fresh = num_q > 1 and num_q == int(meta.kv_lens[requests[0]])
         mask = None
         kv_len = meta.kv_lens[requests]
         if fresh:
             if window is not None and window < num_q:
                 positions = torch.arange(num_q, device=self.device)
                 mask = causal_mask(positions, positions, window)[None]
-        elif num_q > 1 or window is not None or (num_pages[requests] * size != kv_len).any() or (num_pages[requests] != width).any():
+        elif (
+            num_q > 1
+            or window is not None
+            or (num_pages[requests] * size != kv_len).any()
+            or (num_pages[requests] != width).any()
+        ):
             kv_positions = self._tensor(first_page[requests, None] * size + np.arange(width * size))
             q_positions = self._tensor(meta.positions[tokens].reshape(len(requests), num_q))
             mask = causal_mask(q_positions, kv_positions, window)

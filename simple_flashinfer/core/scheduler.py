@@ -143,7 +143,7 @@ class Scheduler:
 
         by_row = self._by_row
         outputs = [
-            EngineOutput(by_row[row].spec.request_id, (token,))  # type: ignore[union-attr]
+            EngineOutput(by_row[row].spec.request_id, (token,))
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
         if done.any():

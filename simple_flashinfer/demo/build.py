@@ -71,6 +71,8 @@ def _train_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    fast: Any = PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +84,7 @@ def _train_tokenizer() -> Any:
     )
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     tokenizer.train([str(path) for path in sources], trainer)
-    return PreTrainedTokenizerFast(
+    return fast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>",

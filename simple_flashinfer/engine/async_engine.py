@@ -6,7 +6,7 @@ iterating, for whatever reason, aborts the request: a client that leaves frees i
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from simple_flashinfer.engine.channel import EngineFailure, FrontEnd, Message
 from simple_flashinfer.types import (
@@ -49,7 +49,7 @@ class AsyncEngine:
         if len(self._queues) + num_requests > self._max_requests:
             raise QueueFullError(f"{len(self._queues)} requests are running or waiting already")
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineOutput]]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineOutput], None]:
         """All that has come since the last time, at least one output; the last one has a finish reason.
 
         Raises EngineDeadError or QueueFullError before the first.

@@ -17,6 +17,7 @@ from simple_flashinfer.model.kv_storage import available_memory, gib
 
 logger = logging.getLogger(__name__)
 
+_auto_model: Any = AutoModelForCausalLM  # untyped
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -48,11 +49,11 @@ def load_model(path: str, config: Config, device: torch.device) -> LoadedModel:
     if config.load_format == "dummy":
         torch.manual_seed(config.seed)
         with device:
-            model: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            model: Any = _auto_model.from_config(hf_config, dtype=dtype)
         generation_config = None
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, config=hf_config, dtype=dtype)
+            model = _auto_model.from_pretrained(path, config=hf_config, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--model {config.model}: {_first_sentence(error)}") from error
         model = model.to(device)
@@ -80,11 +81,11 @@ def _check_fits(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.d
     """Bytes of the weights. Raises ConfigError when they are more than the device has free."""
     try:
         with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            skeleton = _auto_model.from_config(hf_config, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"--model {config.model}: {_first_sentence(error)}") from error
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
-    needed = sum(t.numel() * t.element_size() for t in tensors)
+    needed: int = sum(t.numel() * t.element_size() for t in tensors)
     free = available_memory(device)
     if needed > free:
         hint = " --torch_dtype bfloat16 would halve it, or" if dtype == torch.float32 else ""

@@ -32,9 +32,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        return {
-            "error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}}
 
 
 def _type(status: int) -> str:
@@ -88,7 +86,9 @@ def add_error_handlers(app: FastAPI) -> None:
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers) if error.headers else None
-        return respond(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None, headers=headers))
+        return respond(
+            ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None, headers=headers)
+        )
 
     @app.exception_handler(Exception)
     @app.exception_handler(ApiError)

@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from simple_flashinfer.server.errors import as_api_error
 from simple_flashinfer.server.schemas import GenerationRequest
-from simple_flashinfer.server.service import Piece, Service
+from simple_flashinfer.server.service import Service
 from simple_flashinfer.server.sse import DONE, ClientLeftError, EventStream, event, until_disconnect
+from simple_flashinfer.text.detokenizer import TextDelta
 from simple_flashinfer.types import EngineRequest
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client never sees it
@@ -42,7 +43,7 @@ async def respond(
     try:
         if not body.stream:
             return JSONResponse(await until_disconnect(http.receive, answer.whole(pieces)))
-        first = await until_disconnect(http.receive, anext(pieces))  # type: ignore[arg-type]
+        first = await until_disconnect(http.receive, anext(pieces))
     except ClientLeftError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
@@ -63,7 +64,7 @@ class _Answer:
             "model": service.config.model_name,
         }
 
-    async def whole(self, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
+    async def whole(self, pieces: AsyncGenerator[TextDelta, None]) -> dict[str, Any]:
         texts, reason = [], None
         async with aclosing(pieces):
             async for piece in pieces:
@@ -73,7 +74,7 @@ class _Answer:
         choice = {"index": 0, **self._wording.choice("".join(texts)), "logprobs": None, "finish_reason": reason}
         return {**self._head, "object": self._wording.object_name, "choices": [choice], "usage": self._usage()}
 
-    async def events(self, first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+    async def events(self, first: TextDelta, pieces: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
         head = {**self._head, "object": self._wording.chunk_object_name}
         if self._include_usage:
             head["usage"] = None

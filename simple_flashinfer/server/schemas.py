@@ -64,9 +64,7 @@ class GenerationRequest(BaseModel):
             asks_for_nothing = value is None or value is False or value in ([], {}, "")
             if asks_for_nothing or name in _INERT or value in _NEUTRAL.get(name, ()):
                 continue
-            raise invalid(
-                f"{name} is not supported with this value; leave it out", name, "unsupported_parameter"
-            )
+            raise invalid(f"{name} is not supported with this value; leave it out", name, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
 
@@ -75,11 +73,7 @@ class GenerationRequest(BaseModel):
 
     def sampling_params(self) -> SamplingParams:
         """Raises a 400 that names the field."""
-        given = {
-            name: value
-            for name in _SAMPLING_FIELDS
-            if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         try:
             return SamplingParams(
@@ -139,11 +133,9 @@ class CompletionRequest(GenerationRequest):
 
     def single_prompt(self) -> str | list[int]:
         """The prompt. Raises a 400 when there are several, or none."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return prompt
-        if prompt and isinstance(prompt[0], int):
-            return prompt  # type: ignore[return-value]
         if len(prompt) != 1:
             raise invalid(f"prompt must be one prompt, not a list of {len(prompt)}; send one request for each", "prompt")
-        return prompt[0]  # type: ignore[return-value]
+        return prompt[0]  # type: ignore[no-any-return]

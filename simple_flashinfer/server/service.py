@@ -14,19 +14,11 @@ from simple_flashinfer.engine.async_engine import AsyncEngine
 from simple_flashinfer.engine.requests import ContextLengthError, RequestFactory
 from simple_flashinfer.server.errors import ApiError, invalid
 from simple_flashinfer.server.schemas import GenerationRequest
+from simple_flashinfer.text.detokenizer import TextDelta
 from simple_flashinfer.text.tokenizer import ChatTemplateError, Tokenizer
 from simple_flashinfer.types import EngineRequest, FinishReason
 
 _LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requests: a thread does it
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that is certain; finish_reason is set on the last piece."""
-
-    text: str
-    num_tokens: int
-    finish_reason: FinishReason | None
 
 
 @dataclass(slots=True)
@@ -69,21 +61,18 @@ class Service:
         except ValueError as error:
             raise invalid(f"{param}: {error}", param) from error
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
-        """Pieces of the answer. Raises ApiError when the engine fails on it."""
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TextDelta, None]:
+        """The answer, piece by piece; the last has a finish_reason. Raises ApiError when the engine fails on it."""
         detokenizer = self.tokenizer.detokenizer(request.params.stop)
         async with aclosing(self.engine.generate(request)) as steps:
             async for outputs in steps:
                 reason = outputs[-1].finish_reason
                 if reason is FinishReason.ERROR:
                     raise ApiError(500, outputs[-1].error or "The engine failed.", code="engine_error")
-                tokens = [token for output in outputs for token in output.token_ids]
-                ends_by_token = reason is FinishReason.STOP
-                delta = detokenizer.push(tokens[:-1] if ends_by_token else tokens, final=reason is not None)
-                if delta.stopped:
-                    yield Piece(delta.text, delta.num_tokens, FinishReason.STOP)
+                delta = detokenizer.push([token for output in outputs for token in output.token_ids], reason)
+                yield delta
+                if delta.finish_reason is not None:
                     return
-                yield Piece(delta.text, len(tokens), reason)
 
 
 def service_of(request: Request) -> Service:

@@ -9,41 +9,55 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from simple_flashinfer.types import FinishReason
+
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
+    """num_tokens: those taken in, up to and with the one that ended it. finish_reason: set on the last one."""
+
     text: str
-    stopped: bool = False  # a stop string came: the text ends before it
-    num_tokens: int = 0  # tokens taken in: all that were given, or those up to the stop string
+    num_tokens: int
+    finish_reason: FinishReason | None = None
 
 
 class Detokenizer:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._fast = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._stream = DecodeStream(skip_special_tokens=True) if self._fast is not None else None
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._decoded = ""  # all text so far, what is held back included
         self._given = 0  # characters of it that were given out
 
-    def push(self, token_ids: Sequence[int], final: bool = False) -> TextDelta:
-        """The text that is certain after these tokens. With `final`, the rest: unfinished characters come as U+FFFD."""
-        for count, token in enumerate(token_ids, 1):
+    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> TextDelta:
+        """The text that is certain after these tokens.
+
+        With a finish_reason they are the last: what was held back comes too, unfinished characters as U+FFFD. The token that
+        made the engine stop is counted, but is no text. A stop string finishes the text, whatever the engine says.
+        """
+        final = finish_reason is not None
+        shown = token_ids[:-1] if finish_reason is FinishReason.STOP else token_ids
+        for count, token in enumerate(shown, 1):
             self._ids.append(token)
-            scan_from = max(self._given, len(self._decoded) - self._longest_stop + 1)
-            self._decoded += self._step(token)
-            if (stopped := self._cut_at_stop(scan_from, count)) is not None:
-                return stopped
-        if final:
-            scan_from = max(self._given, len(self._decoded) - self._longest_stop + 1)
-            self._decoded += self._rest()
-            if (stopped := self._cut_at_stop(scan_from, len(token_ids))) is not None:
-                return stopped
-        end = len(self._decoded) if final else len(self._decoded) - self._held_back()
+            if (end := self._extend(self._step(token))) is not None:
+                return self._give(end, count, FinishReason.STOP)
+        if final and (end := self._extend(self._rest())) is not None:
+            return self._give(end, len(token_ids), FinishReason.STOP)
+        end = len(self._decoded) - (0 if final else self._held_back())
+        return self._give(end, len(token_ids), finish_reason)
+
+    def _give(self, end: int, num_tokens: int, finish_reason: FinishReason | None) -> TextDelta:
         text = self._decoded[self._given : end]
         self._given = end
-        return TextDelta(text, num_tokens=len(token_ids))
+        return TextDelta(text, num_tokens, finish_reason)
+
+    def _extend(self, text: str) -> int | None:
+        """Adds text; where a stop string begins, if one is complete now."""
+        scan_from = max(self._given, len(self._decoded) - self._longest_stop + 1)
+        self._decoded += text
+        return min((at for stop in self._stop if (at := self._decoded.find(stop, scan_from)) >= 0), default=None)
 
     @property
     def _longest_stop(self) -> int:
@@ -59,14 +73,6 @@ class Detokenizer:
         """What decoding everything at once has more: the bytes of a character that was never finished."""
         whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-
-    def _cut_at_stop(self, scan_from: int, num_tokens: int) -> TextDelta | None:
-        found = [at for stop in self._stop if (at := self._decoded.find(stop, scan_from)) >= 0]
-        if not found:
-            return None
-        text = self._decoded[self._given : min(found)]
-        self._given = len(self._decoded)
-        return TextDelta(text, stopped=True, num_tokens=num_tokens)
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string may begin with."""

@@ -1,0 +1,79 @@
+"""Greedy tokens equal transformers' own `generate`, however the work is cut up."""
+
+import pytest
+
+from simple_flashinfer import LLM, SamplingParams
+from test.conftest import ARCHITECTURES, OUTPUT_LENGTH, PROMPT_LENGTHS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_LENGTH, ignore_eos=True)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request, checkpoint):
+    return checkpoint(request.param)
+
+
+def tokens(outputs):
+    return [output.token_ids for output in outputs]
+
+
+def test_alone(model):
+    llm = LLM(model.path, torch_dtype="float32", max_sequence=1)
+    assert tokens(llm.generate(model.prompts, GREEDY, use_tqdm=False)) == model.expected
+    llm.core.scheduler.check()
+
+
+def test_sixteen_at_once(model):
+    llm = LLM(model.path, torch_dtype="float32", max_sequence=16)
+    outputs = llm.generate(model.prompts * 2, GREEDY, use_tqdm=False)
+    assert tokens(outputs) == model.expected * 2
+    assert llm.stats.num_steps < 2 * OUTPUT_LENGTH, "they did not run together"
+    llm.core.scheduler.check()
+
+
+def test_chunked_at_seven_tokens_a_step(model):
+    llm = LLM(model.path, torch_dtype="float32", max_num_batched_tokens=7)
+    assert tokens(llm.generate(model.prompts, GREEDY, use_tqdm=False)) == model.expected
+    assert llm.stats.num_steps >= sum(PROMPT_LENGTHS) / 7
+    llm.core.scheduler.check()
+
+
+@pytest.mark.parametrize("page_size", [16, 5])
+def test_preempted(model, page_size):
+    longest = max(PROMPT_LENGTHS) + OUTPUT_LENGTH
+    pages = -(-longest // page_size) + 3
+    layer = ARCHITECTURES["llama"]
+    page_bytes = page_size * layer.num_hidden_layers * layer.num_key_value_heads * layer.head_dim * 2 * 4
+    llm = LLM(
+        model.path,
+        torch_dtype="float32",
+        page_size=page_size,
+        max_model_len=longest,
+        kv_cache_memory=pages * page_bytes,
+    )
+    assert llm.info.num_pages == pages
+    assert tokens(llm.generate(model.prompts, GREEDY, use_tqdm=False)) == model.expected
+    assert llm.stats.num_preemptions > 0
+    assert llm.stats.num_free_pages == pages
+    llm.core.scheduler.check()
+
+
+def test_after_a_client_left(model):
+    llm = LLM(model.path, torch_dtype="float32", max_num_batched_tokens=40)
+    expected = {}
+    leaving = set()
+    for index, (prompt, answer) in enumerate(zip(model.prompts, model.expected, strict=True)):
+        request_id = llm.add_request(prompt, GREEDY)
+        expected[request_id] = answer
+        if index % 3 == 1:
+            leaving.add(request_id)
+    finished = {}
+    while llm.has_unfinished:
+        for output in llm.step():
+            if output.request_id in leaving and len(output.token_ids) == 5:
+                llm.abort(output.request_id)
+                llm.core.scheduler.check()
+            elif output.finish_reason:
+                finished[output.request_id] = output.token_ids
+    assert finished == {request_id: answer for request_id, answer in expected.items() if request_id not in leaving}
+    assert llm.stats.num_free_pages == llm.info.num_pages
