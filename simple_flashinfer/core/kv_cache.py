@@ -47,6 +47,9 @@ class KVCacheManager:
         """Raises AssertionError unless the running rows own exactly the pages that their tokens need, and no others."""
         self.pool.check()
         table = self.table
+        num_pages = table.num_pages[running]
+        assert (num_pages <= -(-table.num_tokens[running] // table.page_size)).all(), "a request has pages that it can't use"
+        assert (num_pages * table.page_size >= table.num_computed_tokens[running]).all(), "computed tokens have no page"
         owned = [table.page_table[row, : table.num_pages[row]] for row in running]
         pages = np.concatenate([*owned, np.empty(0, np.int32)])
         assert len(np.unique(pages)) == len(pages), "a page has two owners"

@@ -1,0 +1,216 @@
+"""A strict stand-in for flashinfer 0.7 where there is no CUDA device: its call signatures, its demands, torch's arithmetic.
+
+The library checks little of what it is given and reads memory that is not its own when an index is wrong. Here every
+dtype, shape, device and range is checked, so that whatever the backend builds is tested on any machine.
+"""
+
+import importlib.machinery
+import sys
+import types
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16)
+
+
+def install(monkeypatch) -> types.ModuleType:
+    module = types.ModuleType("flashinfer")
+    module.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    module.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
+    module.BatchDecodeWithPagedKVCacheWrapper = BatchDecodeWithPagedKVCacheWrapper
+    module.append_paged_kv_cache = append_paged_kv_cache
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return module
+
+
+def _check_int32(name: str, x: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor), f"{name} must be a tensor"
+    assert x.dtype == torch.int32, f"{name} must be int32, not {x.dtype}"
+    assert x.dim() == 1, name
+    assert x.is_contiguous(), name
+    assert length is None or len(x) == length, f"{name} must have {length} entries, not {len(x)}"
+    return x.cpu()
+
+
+def _check_pages(indptr, indices, last_page_len, page_size: int) -> None:
+    indptr = _check_int32("kv_indptr", indptr)
+    indices = _check_int32("kv_indices", indices)
+    last = _check_int32("kv_last_page_len", last_page_len, len(indptr) - 1)
+    assert indptr[0] == 0, "kv_indptr must start at 0"
+    assert (indptr.diff() >= 1).all(), "every request needs a page"
+    assert indptr[-1] <= len(indices), "kv_indptr points beyond kv_indices"
+    assert (indices >= 0).all()
+    assert (last >= 1).all(), "1 <= last_page_len"
+    assert (last <= page_size).all(), "last_page_len <= page_size"
+
+
+def _check_cache(cache: torch.Tensor, page_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    assert cache.dtype == dtype, f"cache is {cache.dtype}, planned {dtype}"
+    assert cache.dim() == 5, "cache must be [pages, 2, page_size, heads, head_dim]"
+    assert cache.shape[1:] == (2, page_size, heads, head_dim), cache.shape
+    assert cache.stride(-1) == 1
+
+
+def append_paged_kv_cache(
+    append_key,
+    append_value,
+    batch_indices,
+    positions,
+    paged_kv_cache,
+    kv_indices,
+    kv_indptr,
+    kv_last_page_len,
+    kv_layout="NHD",
+) -> None:
+    assert kv_layout == "NHD"
+    page_size = paged_kv_cache.shape[2]
+    _check_pages(kv_indptr, kv_indices, kv_last_page_len, page_size)
+    num_tokens = len(append_key)
+    batch_indices = _check_int32("batch_indices", batch_indices, num_tokens)
+    positions = _check_int32("positions", positions, num_tokens)
+    for name, x in (("append_key", append_key), ("append_value", append_value)):
+        assert x.dtype == paged_kv_cache.dtype, f"{name} is {x.dtype}: the kernel would read it as {paged_kv_cache.dtype}"
+        assert x.shape == (num_tokens, *paged_kv_cache.shape[3:]), name
+        assert x.is_contiguous(), name
+    assert (kv_indices < len(paged_kv_cache)).all(), "page number beyond the cache"
+    lengths = (kv_indptr.diff() - 1) * page_size + kv_last_page_len
+    for i, (request, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
+        assert 0 <= request < len(lengths)
+        assert 0 <= position < lengths[request], "position beyond the request's tokens"
+        page = kv_indices[kv_indptr[request] + position // page_size]
+        paged_kv_cache[page, 0, position % page_size] = append_key[i]
+        paged_kv_cache[page, 1, position % page_size] = append_value[i]
+
+
+class _Wrapper:
+    causal = True
+
+    def _plan(
+        self, qo_indptr, kv_indptr, kv_indices, last_page_len, heads, kv_heads, dim, page_size, dtypes, window, cap, scale
+    ):
+        _check_pages(kv_indptr, kv_indices, last_page_len, page_size)
+        assert kv_indptr.device.type == last_page_len.device.type == "cpu", "planning would wait for the device"
+        assert kv_indptr[-1] == len(kv_indices), "prefill kernels take exactly the pages of their requests"
+        assert heads % kv_heads == 0
+        assert dim in (64, 128, 256), "no kernel for this head_dim"
+        assert all(dtype in FLOATS for dtype in dtypes), "attention kernels are for 16 bit"
+        assert isinstance(window, int)
+        assert window >= -1
+        assert cap is None or cap >= 0
+        self.plan_of = (qo_indptr, kv_indptr, kv_indices.clone(), last_page_len, heads, kv_heads, dim, page_size)
+        self.options = (dtypes, window, cap or 0.0, scale if scale is not None else dim**-0.5)
+
+    def _run(self, q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        qo_indptr, kv_indptr, kv_indices, last_page_len, heads, kv_heads, dim, page_size = self.plan_of
+        (q_dtype, kv_dtype), window, cap, scale = self.options
+        assert q.dtype == q_dtype
+        assert q.shape == (int(qo_indptr[-1]), heads, dim), f"planned {int(qo_indptr[-1])} queries, got {q.shape}"
+        assert q.is_contiguous()
+        _check_cache(cache, page_size, kv_heads, dim, kv_dtype)
+        assert (kv_indices < len(cache)).all()
+        out = torch.empty_like(q)
+        for i in range(len(last_page_len)):
+            pages = kv_indices[kv_indptr[i] : kv_indptr[i + 1]].long()
+            length = (len(pages) - 1) * page_size + int(last_page_len[i])
+            k, v = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(heads // kv_heads, dim=2)
+            start, end = int(qo_indptr[i]), int(qo_indptr[i + 1])
+            scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scale
+            if cap > 0:
+                scores = cap * torch.tanh(scores / cap)
+            distance = torch.arange(length - (end - start), length)[:, None] - torch.arange(length)
+            hidden = distance < 0
+            if window >= 0:
+                hidden |= distance > window
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            out[start:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+        return out
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, *, backend="auto", jit_args=None
+    ) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert kv_layout == "NHD"
+        assert not use_cuda_graph, "prefill wrappers under a graph are not to be trusted"
+
+    def plan(
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        head_dim_vo=None,
+        *,
+        causal=False,
+        pos_encoding_mode="NONE",
+        sm_scale=None,
+        window_left=-1,
+        logits_soft_cap=None,
+        q_data_type="float16",
+        kv_data_type=None,
+    ) -> None:
+        assert causal, "a chunk must not look ahead"
+        assert head_dim_vo in (None, head_dim_qk)
+        assert pos_encoding_mode == "NONE"
+        lengths = _check_int32("qo_indptr", qo_indptr, len(paged_kv_indptr)).diff()
+        assert qo_indptr.device.type == "cpu"
+        assert qo_indptr[0] == 0
+        kv_lengths = (paged_kv_indptr.diff() - 1) * page_size + paged_kv_last_page_len
+        assert (lengths >= 1).all()
+        assert (lengths <= kv_lengths).all(), "more queries than keys"
+        dtypes = (q_data_type, kv_data_type or q_data_type)
+        self._plan(
+            qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, head_dim_qk,
+            page_size, dtypes, window_left, logits_soft_cap, sm_scale,
+        )  # fmt: skip
+
+    def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
+        return self._run(q, paged_kv_cache)
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+    def __init__(
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        use_tensor_cores=False,
+        *,
+        backend="auto",
+        jit_args=None,
+    ) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert kv_layout == "NHD"
+
+    def plan(
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        *,
+        pos_encoding_mode="NONE",
+        window_left=-1,
+        logits_soft_cap=None,
+        q_data_type="float16",
+        kv_data_type=None,
+        sm_scale=None,
+    ) -> None:
+        assert pos_encoding_mode == "NONE"
+        dtypes = (q_data_type, kv_data_type or q_data_type)
+        queries = torch.arange(len(indptr), dtype=torch.int32)
+        self._plan(
+            queries, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, dtypes, window_left,
+            logits_soft_cap, sm_scale,
+        )  # fmt: skip
+
+    def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
+        return self._run(q, paged_kv_cache)

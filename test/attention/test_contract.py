@@ -1,0 +1,211 @@
+"""What every attention backend must do, on every backend; FlashInfer's on the stand-in, or on a CUDA device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from simple_flashinfer.attention import AttentionLayer, AttentionMetadata, UnsupportedLayerError, backend_class
+from simple_flashinfer.attention.compare import ComparingBackend
+from simple_flashinfer.types import RequestTable, SchedulerOutput
+from test.attention import fake_flashinfer
+
+LAYERS = {
+    "plain": AttentionLayer(0, 6, 2, 64, 64, 64**-0.5),
+    "group 1": AttentionLayer(1, 2, 2, 64, 64, 0.2),
+    "group 8": AttentionLayer(2, 8, 1, 128, 128, 128**-0.5),
+    "window": AttentionLayer(3, 4, 2, 64, 64, 0.125, sliding_window=21),
+    "window 1": AttentionLayer(4, 4, 2, 64, 64, 0.125, sliding_window=1),
+    "softcap": AttentionLayer(5, 4, 2, 64, 64, 0.3, softcap=3.0),
+    "window and softcap": AttentionLayer(6, 4, 2, 64, 64, 0.3, sliding_window=33, softcap=3.0),
+}
+SINKS = AttentionLayer(7, 4, 2, 64, 64, 0.125, sliding_window=20, has_sinks=True)
+NARROW_VALUES = AttentionLayer(8, 4, 4, 24, 16, 0.2)
+
+# lengths before a step, and the tokens that the step adds
+STEPS = {
+    "prompts around the page": ([0] * 5, [1, 15, 16, 17, 32]),
+    "one token prompts": ([0, 0], [1, 1]),
+    "decode": ([15, 16, 17, 31, 100, 1], [1] * 6),
+    "decode of very different lengths": ([3, 4, 90, 250, 251, 7], [1] * 6),
+    "chunks": ([7, 16, 33, 64], [7, 16, 5, 2]),
+    "mixed": ([40, 15, 31, 0, 20, 0], [1, 1, 1, 17, 12, 2]),
+    "long": ([0, 100], [300, 200]),
+}
+
+
+@pytest.fixture(params=["sdpa", "flashinfer", pytest.param("flashinfer cuda", marks=pytest.mark.gpu)])
+def make_backend(request, monkeypatch):
+    name, _, device = request.param.partition(" ")
+    if name == "flashinfer" and not device:
+        fake_flashinfer.install(monkeypatch)
+
+    def make(layers, page_size, dtype, num_pages=200):
+        where = torch.device(device or "cpu")
+        return backend_class(name)(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=where)
+
+    make.name = name
+    return make
+
+
+@dataclass
+class Batch:
+    """A table of requests with random pages, as the scheduler would leave it."""
+
+    table: RequestTable
+    output: SchedulerOutput
+    lengths: list[int]
+
+
+def make_batch(before, added, page_size, generator):
+    table = RequestTable(len(before) + 3, 600, page_size)
+    rows = generator.permutation(len(before) + 3)[: len(before)].astype(np.int32)
+    pages = generator.permutation(200).astype(np.int32)
+    for row, computed, new in zip(rows, before, added, strict=True):
+        count = -(-(computed + new) // page_size)
+        table.page_table[row, :count], pages = pages[:count], pages[count:]
+        table.num_pages[row] = count
+        table.num_tokens[row] = computed + new
+    before, added = np.array(before, np.int32), np.array(added, np.int32)
+    assert (np.diff((added > 1).astype(int)) >= 0).all(), "one-token requests stand first"
+    output = SchedulerOutput(rows, added, before, int((added == 1).sum()), np.ones(len(rows), np.bool_), table)
+    return Batch(table, output, (before + added).tolist())
+
+
+def reference(layer, q, k, v, computed, sinks=None):
+    """One request, float64, a query at a time, from the definition."""
+    out = torch.empty(len(q), layer.num_qo_heads, layer.head_dim_vo, dtype=torch.float64)
+    group = layer.num_qo_heads // layer.num_kv_heads
+    for i in range(len(q)):
+        position = computed + i
+        first = 0 if layer.sliding_window is None else max(0, position - layer.sliding_window + 1)
+        for head in range(layer.num_qo_heads):
+            keys, values = (x[first : position + 1, head // group].double() for x in (k, v))
+            scores = keys @ q[i, head].double() * layer.scaling
+            if layer.softcap:
+                scores = layer.softcap * torch.tanh(scores / layer.softcap)
+            if sinks is not None:
+                weights = torch.cat([scores, sinks[head : head + 1].double()]).softmax(0)[:-1]
+            else:
+                weights = scores.softmax(0)
+            out[i, head] = weights @ values
+    return out
+
+
+def check_step(backend, layer, before, added, dtype, generator, tolerance, sinks=None):
+    batch = make_batch(before, added, backend.page_size, generator)
+    torch.manual_seed(int(generator.integers(1 << 30)))
+    total = sum(batch.lengths)
+    keys = torch.randn(total, layer.num_kv_heads, layer.head_dim_qk).to(dtype)
+    values = torch.randn(total, layer.num_kv_heads, layer.head_dim_vo).to(dtype)
+    starts = np.cumsum([0, *batch.lengths])[:-1]
+    if any(before):  # first everything that came before, as one prefill
+        old = [i for i, computed in enumerate(before) if computed]
+        order = sorted(old, key=lambda i: before[i] > 1)
+        previous = SchedulerOutput(
+            batch.output.rows[order],
+            np.array([before[i] for i in order], np.int32),
+            np.zeros(len(order), np.int32),
+            sum(before[i] == 1 for i in order),
+            np.ones(len(order), np.bool_),
+            batch.table,
+        )
+        picked = torch.cat([torch.arange(starts[i], starts[i] + before[i]) for i in order])
+        run(
+            backend,
+            layer,
+            previous,
+            torch.zeros(len(picked), layer.num_qo_heads, layer.head_dim_qk),
+            keys[picked],
+            values[picked],
+            sinks,
+        )
+    picked = torch.cat([torch.arange(s + b, s + b + a) for s, b, a in zip(starts, before, added, strict=True)])
+    queries = torch.randn(len(picked), layer.num_qo_heads, layer.head_dim_qk).to(dtype)
+    out = run(backend, layer, batch.output, queries, keys[picked], values[picked], sinks)
+    offset = 0
+    for start, computed, new in zip(starts, before, added, strict=True):
+        k, v = (x[start : start + computed + new] for x in (keys, values))
+        expected = reference(layer, queries[offset : offset + new], k, v, computed, sinks)
+        torch.testing.assert_close(out[offset : offset + new].double(), expected, atol=tolerance, rtol=tolerance)
+        offset += new
+
+
+def run(backend, layer, output, q, k, v, sinks):
+    backend.plan(AttentionMetadata.of(output))
+    # as HF gives them: views of [1, heads, T, dim]
+    q, k, v = (x.to(backend.dtype).transpose(0, 1).contiguous().transpose(0, 1).to(backend.device) for x in (q, k, v))
+    return backend.run(layer.layer_idx, q, k, v, sinks).cpu()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_definition(make_backend, name, step):
+    dtype, tolerance = (torch.float32, 2e-5) if make_backend.name == "sdpa" else (torch.bfloat16, 2e-2)
+    backend = make_backend(list(LAYERS.values()), 16, dtype)
+    check_step(backend, LAYERS[name], *STEPS[step], dtype, np.random.default_rng(1), tolerance)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 32])
+def test_page_sizes(make_backend, page_size):
+    backend = make_backend([LAYERS["window"]], page_size, torch.bfloat16)
+    check_step(backend, LAYERS["window"], [40, 15, 0], [1, 1, 30], torch.bfloat16, np.random.default_rng(2), 2e-2)
+
+
+def test_sixteen_bit(make_backend):
+    for dtype in (torch.float16, torch.bfloat16):
+        backend = make_backend([LAYERS["plain"]], 16, dtype)
+        check_step(backend, LAYERS["plain"], *STEPS["mixed"], dtype, np.random.default_rng(3), 2e-2)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_sinks_and_unequal_dimensions_in_torch(step):
+    backend = backend_class("sdpa")(
+        [SINKS, NARROW_VALUES], num_pages=200, page_size=16, dtype=torch.float32, device=torch.device("cpu")
+    )
+    check_step(backend, SINKS, *STEPS[step], torch.float32, np.random.default_rng(4), 2e-5, torch.tensor([0.0, 1, -1, 3]))
+    check_step(backend, NARROW_VALUES, *STEPS[step], torch.float32, np.random.default_rng(5), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "reason"),
+    [
+        (SINKS, torch.bfloat16, "layer 7 .* sinks"),
+        (NARROW_VALUES, torch.bfloat16, "layer 8 .* keys of 24 and values of 16"),
+        (AttentionLayer(9, 4, 4, 80, 80, 0.1), torch.bfloat16, "layer 9 .* head_dim of 80"),
+        (LAYERS["plain"], torch.float32, "float32 .*--torch_dtype_autocast"),
+    ],
+)
+def test_flashinfer_refuses_what_it_would_compute_wrongly(monkeypatch, layer, dtype, reason):
+    fake_flashinfer.install(monkeypatch)
+    with pytest.raises(UnsupportedLayerError, match=reason):
+        backend_class("flashinfer")([layer], num_pages=4, page_size=16, dtype=dtype, device=torch.device("cpu"))
+
+
+def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'simple-flashinfer\[cuda\]'"):
+        backend_class("flashinfer")
+
+
+def test_comparing_changes_nothing_and_reports_each_layer(make_backend, caplog):
+    dtype = torch.bfloat16
+    layers = list(LAYERS.values())
+    comparing = ComparingBackend(make_backend(layers, 16, dtype))
+    caplog.set_level("INFO")
+    for layer in layers:
+        check_step(comparing, layer, *STEPS["mixed"], dtype, np.random.default_rng(6), 2e-2)
+    for layer in layers:
+        lines = [message for message in caplog.messages if message.startswith(f"layer {layer.layer_idx}:")]
+        assert len(lines) == 2, "the prefill before, and the mixed step"
+        assert all(float(line.split()[-1]) < 2e-2 for line in lines)
+
+
+def test_metadata_at_exact_multiples_of_the_page():
+    batch = make_batch([15, 16, 31, 0], [1, 1, 1, 32], 16, np.random.default_rng(7))
+    metadata = AttentionMetadata.of(batch.output)
+    assert metadata.kv_last_page_len.tolist() == [16, 1, 16, 16]
+    assert np.diff(metadata.kv_indptr).tolist() == [1, 2, 2, 2]
+    assert metadata.positions.tolist() == [15, 16, 31, *range(32)]
+    assert metadata.batch_indices.tolist() == [0, 1, 2, *[3] * 32]
