@@ -1,5 +1,6 @@
 """The daemon: `simple-flashinfer`, or `python3 -m simple_flashinfer.main`."""
 
+import asyncio
 import ipaddress
 import logging
 import socket
@@ -11,7 +12,7 @@ from simple_flashinfer.log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 5  # for answers under way, when the daemon is told to stop
+_GRACE_SECONDS = 3  # for answers under way, when the daemon is told to stop
 _BACKLOG = 2048
 
 
@@ -49,13 +50,21 @@ def run(config: Config) -> None:
         tokenizer=tokenizer,
         requests=RequestFactory(info, config.seed),
     )
-    server = uvicorn.Server(
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """New connections are refused at once; answers under way get some time, and then an error as their end."""
+            loop = asyncio.get_running_loop()
+            loop.call_later(_GRACE_SECONDS, service.engine.fail_all, "The server is shutting down.")
+            await super().shutdown(sockets)
+
+    server = Server(
         uvicorn.Config(
             create_app(service),
             log_config=None,
             log_level=config.loglevel if config.loglevel == "debug" else "warning",
             access_log=config.loglevel == "debug",
-            timeout_graceful_shutdown=_GRACE_SECONDS,
+            timeout_graceful_shutdown=2 * _GRACE_SECONDS,
         )
     )
     _announce(config, listener)

@@ -60,12 +60,15 @@ class AsyncEngine:
         self._channel.send(Add(request))
         finished = False
         try:
-            while not finished:
+            while True:
                 ready = [await outputs.get()]
-                while not outputs.empty():
+                while ready[-1].finish_reason is None and not outputs.empty():
                     ready.append(outputs.get_nowait())
-                finished = ready[-1].finish_reason is not None
+                reason = ready[-1].finish_reason
+                finished = reason not in (None, FinishReason.ERROR)  # after fail_all the engine still works on it
                 yield ready
+                if reason is not None:
+                    return
         finally:
             del self._queues[request.request_id]
             if not finished:
@@ -74,13 +77,17 @@ class AsyncEngine:
     def _on_message(self, message: Message) -> None:
         if isinstance(message, EngineFailure):
             self.failure = message.message
-            for request_id, outputs in self._queues.items():
-                outputs.put_nowait(EngineOutput(request_id, (), FinishReason.ERROR, "The engine stopped working."))
+            self.fail_all("The engine stopped working.")
             return
         self.stats = message.stats
         for output in message.outputs:
             if (waiting := self._queues.get(output.request_id)) is not None:  # None: its client left
                 waiting.put_nowait(output)
+
+    def fail_all(self, message: str) -> None:
+        """Ends every request with an error."""
+        for request_id, outputs in self._queues.items():
+            outputs.put_nowait(EngineOutput(request_id, (), FinishReason.ERROR, message))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._channel.close)

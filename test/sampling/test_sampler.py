@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from simple_flashinfer.sampling import SamplingBatch, sample
+from simple_flashinfer.sampling.penalties import PenalisedRow, apply_penalties
+from simple_flashinfer.sampling.sampler import INVALID_TOKEN, uniforms
+
+
+def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, seeds=None, positions=None, penalised=()):
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype), (size,)).copy()
+
+    return SamplingBatch(
+        temperature=column(temperature, np.float32),
+        top_k=column(top_k, np.int32),
+        top_p=column(top_p, np.float32),
+        min_p=column(min_p, np.float32),
+        seeds=column(np.arange(size) if seeds is None else seeds, np.uint64),
+        positions=column(0 if positions is None else positions, np.int64),
+        penalised=list(penalised),
+    )
+
+
+def test_temperature_zero_is_argmax():
+    logits = torch.randn(50, 1000)
+    assert sample(logits, batch(50, temperature=0, top_k=5, top_p=0.5)).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "warpers"),
+    [
+        ({}, []),
+        ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
+        ({"top_k": 7}, [TopKLogitsWarper(7)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+        (
+            {"temperature": 1.7, "top_k": 12, "top_p": 0.8, "min_p": 0.06},
+            [TemperatureLogitsWarper(1.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8), MinPLogitsWarper(0.06)],
+        ),
+    ],
+)
+def test_draws_follow_the_distribution_that_hf_draws_from(options, warpers):
+    torch.manual_seed(1)
+    logits, draws = torch.randn(30) * 2, 40_000
+    probabilities = LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())[0].softmax(-1)
+    tokens = sample(logits.expand(draws, -1), batch(draws, **options))
+    frequencies = torch.bincount(tokens, minlength=30) / draws
+    assert not frequencies[probabilities == 0].any(), "a filtered token was drawn"
+    deviation = (frequencies - probabilities) / (probabilities * (1 - probabilities) / draws).sqrt().clamp_min(1e-9)
+    assert deviation[probabilities > 0].abs().max() < 5
+
+
+@pytest.mark.parametrize("vocabulary", [3000, 40])
+def test_top_p_beyond_the_first_look(vocabulary):
+    """Flat logits: the nucleus is larger than the part of the vocabulary that is looked at first."""
+    torch.manual_seed(2)
+    logits, draws = torch.randn(vocabulary) * 0.01, 3000
+    warped = TopPLogitsWarper(0.9)(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())[0]
+    tokens = sample(logits.expand(draws, -1), batch(draws, top_p=0.9))
+    assert torch.isfinite(warped[tokens]).all()
+    assert len(tokens.unique()) > 0.9 * 0.55 * vocabulary
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+            st.sampled_from([0, 1, 3, 50, 10_000]),
+            st.sampled_from([0.0, 0.2, 0.95, 1.0]),
+            st.sampled_from([0.0, 0.05]),
+            st.integers(0, 2**64 - 1),
+            st.integers(0, 10_000),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    ties=st.booleans(),
+)
+def test_a_draw_depends_on_seed_and_position_only(rows, ties):
+    """The same row alone, and among others in any order, gives the same token, ties included."""
+    generator = torch.Generator().manual_seed(len(rows))
+    logits = torch.randn(len(rows), 1500, generator=generator) * 3
+    if ties:
+        logits = logits.round()
+    columns = dict(
+        zip(("temperature", "top_k", "top_p", "min_p", "seeds", "positions"), zip(*rows, strict=True), strict=True)
+    )
+    together = sample(logits, batch(len(rows), **columns))
+    reverse = sample(logits.flip(0), batch(len(rows), **{name: values[::-1] for name, values in columns.items()})).flip(0)
+    alone = [
+        sample(logits[i : i + 1], batch(1, **{name: values[i] for name, values in columns.items()}))[0]
+        for i in range(len(rows))
+    ]
+    assert together.tolist() == reverse.tolist() == [int(token) for token in alone]
+
+
+def test_uniforms_are_uniform_and_independent():
+    seeds, positions = np.meshgrid(np.arange(300, dtype=np.uint64), np.arange(300), indexing="ij")
+    numbers = uniforms(seeds, positions)
+    assert 0 <= numbers.min() <= numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.005
+    assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_told(bad):
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = bad
+    tokens = sample(logits, batch(3, temperature=[0, 1, 0]))
+    assert tokens[1] == INVALID_TOKEN
+    assert (tokens[[0, 2]] >= 0).all()
+
+
+def test_repetition_penalty_is_hf_s_and_counts_the_prompt():
+    logits = torch.randn(1, 40)
+    tokens = np.array([3, 3, 5, 7, 7, 7], np.int32)
+    row = PenalisedRow(0, tokens, num_prompt_tokens=3, repetition=1.7, presence=0, frequency=0)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens[None].astype(np.int64)), logits.clone())
+    torch.testing.assert_close(apply_penalties(logits, [row]), expected)
+    assert (apply_penalties(logits, [row])[0, [3, 5, 7]] < logits[0, [3, 5, 7]]).all(), "a penalty makes less likely"
+
+
+def test_presence_and_frequency_count_the_output_alone():
+    logits = torch.randn(2, 40)
+    tokens = np.array([3, 3, 5, 7, 7, 9], np.int32)
+    row = PenalisedRow(1, tokens, num_prompt_tokens=3, repetition=1, presence=0.5, frequency=0.25)
+    expected = logits.clone()
+    expected[1, 7] -= 0.5 + 2 * 0.25
+    expected[1, 9] -= 0.5 + 0.25
+    torch.testing.assert_close(apply_penalties(logits, [row]), expected)
+
+
+def test_penalties_count_before_anything_else():
+    logits = torch.tensor([[2.0, 1.9, 0.0]])
+    row = PenalisedRow(0, np.array([2, 0], np.int32), num_prompt_tokens=1, repetition=1, presence=0.5, frequency=0)
+    assert sample(logits, batch(1, temperature=0, penalised=[row])).tolist() == [1]

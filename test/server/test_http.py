@@ -1,0 +1,158 @@
+"""What goes over the wire: the documented curl, errors that name the field, status pages."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_the_documented_curl_as_it_stands(daemon, prefix):
+    command = re.search(r"^curl -X 'POST' .*?}'$", README.read_text(), re.MULTILINE | re.DOTALL)
+    command = command[0].replace("curl ", "curl -sS -i ", 1).replace("http://localhost:7088", daemon.url + prefix)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    head, _, body = result.stdout.replace("\r\n", "\n").partition("\n\n")
+    assert head.startswith("HTTP/1.1 200")
+    assert "content-type: text/event-stream" in head
+    *events, done, end = body.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert any(chunk["choices"][0]["delta"].get("content") for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", [None, "model", "demo"])
+def test_names_of_the_model(daemon, name):
+    assert daemon.post("/v1/chat/completions", {**CHAT, "model": name}).status_code == 200
+
+
+def test_the_path_is_a_name_as_well(daemon, demo_model):
+    assert daemon.post("/chat/completions", {**CHAT, "model": demo_model}).json()["model"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"temperature": -0.1}, "temperature", "0"),
+        ({"top_p": 1.5}, "top_p", "1"),
+        ({"top_k": 1.5}, "top_k", "integer"),
+        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_tokens": -3}, "max_tokens", "1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
+        ({"presence_penalty": 3}, "presence_penalty", "2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"seed": 2**70}, "seed", "less than"),
+        ({"stop": [""]}, "stop", "empty"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
+        ({"stream": "perhaps"}, "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
+        ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what", "not permitted"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": "Hello"}, "messages", "list"),
+        ({"messages": [{"role": "pirate", "content": "Arr"}]}, "messages.0.role", "assistant"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "text",
+        ),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls", ""),
+        ({"n": 2}, "n", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"best_off": 3}, "best_off", "not supported"),
+    ],
+)
+def test_a_bad_value_is_a_400_that_names_the_field(daemon, change, param, words):
+    response = daemon.post("/v1/chat/completions", {**CHAT, **change})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert words in error["message"]
+    assert error["code"]
+
+
+def test_what_asks_for_nothing_is_accepted(daemon):
+    neutral = {
+        "n": 1, "logprobs": False, "top_logprobs": None, "logit_bias": {}, "tools": [], "tool_choice": "none", "user": "me",
+        "response_format": {"type": "text"}, "top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0, "stop": None,
+        "metadata": {"a": "b"}, "store": False, "unheard_of": None,
+    }  # fmt: skip
+    response = daemon.post("/v1/chat/completions", {**CHAT, **neutral})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"null", b"[1]", b'{"messages": \xff}', b'"\\ud800"'])
+def test_a_body_that_is_no_request(daemon, content):
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(daemon.url + "/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "many words " * 3000}]}, "messages"),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, "messages"),
+        ("/v1/completions", {"prompt": [5] * 2048}, "prompt"),
+    ],
+)
+def test_too_long_says_both_numbers(daemon, path, body, param):
+    response = daemon.post(path, body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+    numbers = [int(number) for number in re.findall(r"\d+", error["message"])]
+    assert numbers[0] == 2048
+    assert numbers[1] >= 2048
+
+
+@pytest.mark.parametrize("length", [2047, 2040])
+def test_the_context_can_be_filled_to_its_last_token(daemon, length):
+    body = {"prompt": [5] * length, "max_tokens": 2048 - length, "temperature": 0, "ignore_eos": True}
+    response = daemon.post("/v1/completions", body)
+    assert response.json()["usage"]["total_tokens"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("", "empty"), ([], "list of 0"), ([[1], [2]], "one prompt"), ([99999], "outside"), ([-1], "outside")],
+)
+def test_prompts_that_can_not_be(daemon, prompt, words):
+    response = daemon.post("/v1/completions", {"prompt": prompt})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+    assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405)])
+def test_wrong_addresses_have_the_same_kind_of_body(daemon, method, path, status):
+    response = httpx.request(method, daemon.url + path)
+    assert response.status_code == status
+    assert response.json()["error"]["message"].startswith(f"{method} {path}: ")
+
+
+def test_status_pages(daemon):
+    daemon.wait_until_idle()
+    cache = daemon.get("/kv_cache")
+    assert cache["total_kv_cache"] == cache["free_kv_cache"] > 2048
+    assert cache["utilized_kv_cache"] == 0
+    assert daemon.get("/health") == {"status": "ok", "running": 0, "waiting": 0}
+    assert daemon.get("/v1/models")["data"][0]["max_model_len"] == 2048
+    assert httpx.get(daemon.url + "/v1/models/other").status_code == 404
+    assert daemon.get("/")["model"] == "demo"
+    assert "/v1/chat/completions" in daemon.get("/openapi.json")["paths"]

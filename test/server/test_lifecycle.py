@@ -1,0 +1,130 @@
+"""Daemons with settings of their own: keys, full queues, engines in a process, and engines that die."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+
+import httpx
+import openai
+import pytest
+
+from test.daemon import Daemon
+
+PROMPT = {"prompt": "def main", "temperature": 0, "max_tokens": 8}
+
+
+def endless(**more):
+    return {"prompt": "go on", "max_tokens": 2000, "ignore_eos": True, "stream": True, **more}
+
+
+def test_api_key(demo_model):
+    with Daemon("--model", demo_model, env={"API_KEY": "sesame"}) as daemon:
+        assert httpx.get(daemon.url + "/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sesam\xe9".encode("latin1")}):
+            response = httpx.post(daemon.url + "/v1/completions", json=PROMPT, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(daemon.url + "/v1/models").status_code == 401
+        client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="sesame")
+        assert client.completions.create(model=demo_model, **PROMPT).choices[0].text
+
+
+def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(demo_model):
+    flags = ["--model", demo_model, "--max_sequence", "2", "--max_waiting", "1"]
+    with Daemon(*flags) as daemon:
+
+        async def scenario():
+            async with httpx.AsyncClient(timeout=60) as client:
+                url = daemon.url + "/v1/completions"
+                first = [asyncio.create_task(client.post(url, json=endless(max_tokens=150, stream=False))) for _ in range(3)]
+                while daemon.get("/health")["waiting"] != 1:
+                    await asyncio.sleep(0.01)  # noqa: ASYNC110
+                refused = await client.post(url, json=PROMPT)
+                assert refused.status_code == 503
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.json()["error"]["code"] == "queue_full"
+                for answer in await asyncio.gather(*first):
+                    assert answer.json()["usage"]["completion_tokens"] == 150
+                assert (await client.post(url, json=PROMPT)).status_code == 200
+
+        asyncio.run(scenario())
+        daemon.wait_until_idle()
+
+
+def test_who_leaves_the_queue_leaves_nothing_behind(demo_model):
+    with Daemon("--model", demo_model, "--max_sequence", "1") as daemon:
+        with httpx.stream("POST", daemon.url + "/v1/completions", json=endless(), timeout=60) as response:
+            lines = response.iter_lines()  # kept: httpx hangs up when it is dropped
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(daemon.url + "/v1/completions", json=PROMPT, timeout=0.3)
+            deadline = time.monotonic() + 5
+            while daemon.get("/health")["waiting"]:
+                assert time.monotonic() < deadline
+        daemon.wait_until_idle()
+
+
+def test_the_engine_in_a_process_of_its_own_answers_the_same(demo_model, daemon):
+    flags = ["--model", demo_model, "--torch_dtype", "float32", "--engine_process", "true"]
+    with Daemon(*flags) as other:
+        mine, theirs = (d.post("/v1/completions", PROMPT).json()["choices"] for d in (daemon, other))
+        assert mine == theirs
+        with httpx.stream("POST", other.url + "/v1/completions", json=endless(), timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert other.get("/kv_cache")["utilized_kv_cache"] > 0
+        other.wait_until_idle()
+
+        # the engine dies under a running request: it gets an error, later ones a 503, and nothing hangs
+        children = subprocess.run(
+            ["pgrep", "-P", str(other.process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()  # fmt: skip
+        with httpx.stream("POST", other.url + "/v1/completions", json=endless(), timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+            rest = [line for line in lines if line]
+        assert '"error"' in rest[-1]
+        assert httpx.get(other.url + "/health").status_code == 503
+        refused = other.post("/v1/completions", PROMPT)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_dead"
+
+
+@pytest.mark.parametrize("process", ["true", "false"])
+def test_told_to_stop_it_ends_although_a_client_streams(demo_model, process):
+    daemon = Daemon("--model", demo_model, "--engine_process", process)
+    with daemon, httpx.stream("POST", daemon.url + "/v1/completions", json=endless(max_tokens=1900), timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        daemon.process.terminate()
+        rest = [line for line in lines if line]
+        assert '"error"' in rest[-1]
+        assert "shutting down" in rest[-1]
+        assert daemon.process.wait(20) in (0, -signal.SIGTERM)
+    assert not any("Traceback" in line for line in daemon.log), "\n".join(daemon.log)
+
+
+def test_a_port_that_is_taken_is_one_sentence(daemon, demo_model):
+    port = daemon.url.rsplit(":", 1)[1]
+    second = Daemon("--model", demo_model, "--port", port)
+    assert second.process.wait(60) == 2
+    second._reader.join(5)
+    assert "can't listen" in second.log[-1]
+
+
+def test_what_the_start_tells(demo_model):
+    with Daemon("--model", demo_model, "--host", "0.0.0.0") as daemon:
+        log = "\n".join(daemon.log)
+    for words in (
+        "weights on cpu",
+        "Attention: sdpa in bfloat16",
+        "pages of 16 tokens",
+        "fit",
+        "Engine ready in",
+        "--api_key",
+    ):
+        assert words in log
