@@ -57,7 +57,8 @@ class LLM:
             raise ValueError(f"{len(many)} prompts came with {len(params)} sampling_params")
         started: list[str] = []
         try:
-            started += [self.add_request(prompt, p) for prompt, p in zip(many, params, strict=True)]
+            for prompt, p in zip(many, params, strict=True):
+                started.append(self.add_request(prompt, p))
             done: dict[str, RequestOutput] = {}
             with tqdm(total=len(many), desc="Requests", disable=not use_tqdm) as bar:
                 while self._unfinished.keys() & set(started):

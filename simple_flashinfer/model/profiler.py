@@ -31,6 +31,7 @@ class StepProfiler:
         if self._profiler is None:  # here, since a profiler sees the thread that starts it
             self._profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=_SKIP, warmup=_WARM_UP, active=_STEPS, repeat=_TRACES),
+                acc_events=True,
                 on_trace_ready=self._write,
             )
             self._profiler.start()

@@ -67,7 +67,8 @@ class ModelRunner:
         future: Future[ModelOutput] = Future()
         try:
             with torch.inference_mode(), self._profiler.step():
-                future.set_result(self._execute(batch))
+                output = self._execute(batch)
+            future.set_result(output)
         except torch.AcceleratorError as error:  # the CUDA context is lost: every later call would fail as well
             future.set_exception(EngineDeadError(str(error)))
         except Exception as error:

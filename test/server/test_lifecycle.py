@@ -39,8 +39,8 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(demo_model):
             async with httpx.AsyncClient(timeout=60) as client:
                 url = daemon.url + "/v1/completions"
                 first = [asyncio.create_task(client.post(url, json=endless(max_tokens=150, stream=False))) for _ in range(3)]
-                while daemon.get("/health")["waiting"] != 1:
-                    await asyncio.sleep(0.01)  # noqa: ASYNC110
+                while daemon.get("/health")["waiting"] != 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
                 refused = await client.post(url, json=PROMPT)
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) >= 1

@@ -1,0 +1,205 @@
+"""From settings to a running engine: what is planned, what is refused, and the switches that change how it computes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, MambaConfig, Phi3Config
+
+from simple_flashinfer import LLM, SamplingParams
+from simple_flashinfer.attention import backend_class
+from simple_flashinfer.config import Config, ConfigError
+from simple_flashinfer.engine.launch import build_engine
+from simple_flashinfer.model import kv_storage
+from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
+from simple_flashinfer.model.runner import ModelRunner
+from test.attention import fake_flashinfer
+from test.conftest import _COMMON, OUTPUT_LENGTH
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_LENGTH, ignore_eos=True)
+
+
+def tokens(llm, prompts, params=GREEDY):
+    return [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def write_config(folder, config):
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def test_dummy_weights_need_only_a_config(tmp_path, demo_model):
+    path = write_config(tmp_path, LlamaConfig(**_COMMON))
+    core, info = build_engine(Config(model=path, load_format="dummy", torch_dtype="bfloat16", max_sequence=3), path)
+    assert info.max_model_len == 512
+    assert info.num_pages == 3 * 512 // 16, "no more than max_sequence requests can use"
+    assert core.scheduler.kv.pool.num_free == info.num_pages
+    with pytest.raises(ConfigError, match=r"--model .*"):
+        build_engine(Config(model=path), path)
+
+
+def test_a_model_that_does_not_fit_says_by_how_much(tmp_path, monkeypatch):
+    path = write_config(tmp_path, LlamaConfig(**{**_COMMON, "vocab_size": 50_000}))
+    monkeypatch.setattr("simple_flashinfer.model.loader.available_memory", lambda device: 1 << 20)
+    with pytest.raises(
+        ConfigError, match=r"weights take .* MiB as float32, .* MiB more than the 1.0 MiB .*--torch_dtype bfloat16"
+    ):
+        build_engine(Config(model=path, load_format="dummy"), path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "expected"),
+    [
+        ({}, 64 << 20, (128 * 32, 512)),  # as much as max_sequence requests can use
+        ({"memory_utilization": 0.5}, 2 << 20, (1024, 512)),
+        ({"kv_cache_memory": 1 << 20}, 64 << 20, (1024, 512)),
+        ({"kv_cache_memory": 20 << 10}, 64 << 20, (20, 320)),  # less than the model's context: a shorter one
+        ({"max_model_len": 100, "max_sequence": 2}, 64 << 20, (14, 100)),
+    ],
+)
+def test_pages_are_sized_from_memory(monkeypatch, settings, free, expected):
+    monkeypatch.setattr(kv_storage, "available_memory", lambda device: free)
+    assert kv_storage.plan_pages(Config(**settings), 1024, CPU, 512, reserve=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "words"),
+    [
+        ({"max_model_len": 512, "kv_cache_memory": 20 << 10}, 64 << 20, r"needs 0.0 MiB of KV cache, 0.0 MiB more"),
+        ({"kv_cache_memory": 2 << 30}, 1 << 30, r"--kv_cache_memory 2.00 GiB is 1.00 GiB more than"),
+        ({}, 100, r"--memory_utilization"),
+    ],
+)
+def test_a_cache_that_can_not_be_says_which_flag_to_change(monkeypatch, settings, free, words):
+    monkeypatch.setattr(kv_storage, "available_memory", lambda device: free)
+    with pytest.raises(ConfigError, match=words):
+        kv_storage.plan_pages(Config(**settings), 1024, CPU, 512, reserve=0)
+
+
+def test_memory_is_what_this_machine_has():
+    assert 1 << 28 < kv_storage.available_memory(CPU) < 1 << 46
+
+
+def test_models_that_would_be_computed_wrongly_are_refused_by_layer(tmp_path):
+    state_space = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
+    path = write_config(tmp_path / "mamba", state_space)
+    with pytest.raises(ConfigError, match="--model"):
+        build_engine(Config(model=path, load_format="dummy"), path)
+    chunked = LlamaConfig(**_COMMON)
+    chunked.layer_types = ["full_attention", "chunked_attention"]
+    path = write_config(tmp_path / "chunked", chunked)
+    with pytest.raises(ConfigError, match="layer 1 of the model is of type chunked_attention"):
+        build_engine(Config(model=path, load_format="dummy"), path)
+
+
+def test_rotary_embeddings_that_change_with_length_stay_below_it():
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
+    config = Phi3Config(
+        **{**_COMMON, "max_position_embeddings": 4096}, original_max_position_embeddings=1024, rope_parameters=long
+    )
+    assert _max_model_len(config) == 1024
+    assert _max_model_len(LlamaConfig(**_COMMON)) == 512
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"), [(3, 4, (3, 4)), ([3, 5], 3, (3, 5)), (None, [7], (7,)), (None, None, ())]
+)
+def test_end_of_sequence_ids_come_from_all_configs(first, second, expected):
+    config = LlamaConfig(**{**_COMMON, "eos_token_id": second})
+    assert _eos_token_ids(GenerationConfig(eos_token_id=first), config) == expected
+
+
+def test_float32_weights_with_attention_in_16_bit(checkpoint):
+    model = checkpoint("llama")
+    llm = LLM(model.path, torch_dtype="float32", torch_dtype_autocast="bfloat16", max_num_batched_tokens=50)
+    backend = llm.core.executor._hook.backend
+    assert backend.dtype == torch.bfloat16
+    assert next(llm.core.executor._model.parameters()).dtype == torch.float32
+    outputs = tokens(llm, model.prompts)
+    same = sum(a == b for got, want in zip(outputs, model.expected, strict=True) for a, b in zip(got, want, strict=True))
+    assert same > 0.5 * len(outputs) * OUTPUT_LENGTH, "rounding changes some tokens, not all"
+    assert outputs == tokens(llm, model.prompts), "and always in the same way"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_comparing_prefill_logs_each_layer_and_changes_nothing(checkpoint, caplog, name):
+    model = checkpoint(name)
+    caplog.set_level("INFO")
+    llm = LLM(model.path, torch_dtype="float32", compare_sdpa_prefill=True, max_num_batched_tokens=40)
+    assert tokens(llm, model.prompts) == model.expected
+    lines = [message for message in caplog.messages if "differs from float32 torch" in message]
+    assert {line.split(":")[0] for line in lines} == {"layer 0", "layer 1"}
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines)
+
+
+def test_profiling_writes_a_bounded_number_of_traces(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = checkpoint("llama")
+    llm = LLM(model.path, torch_dtype="float32", torch_profiling=True)
+    long = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    assert tokens(llm, model.prompts[:1], long)[0][:OUTPUT_LENGTH] == model.expected[0]
+    traces = sorted(path.name for path in (tmp_path / "traces").iterdir())
+    assert traces == ["steps-1.json", "steps-2.json", "steps-3.json"]
+    events = json.loads((tmp_path / "traces" / traces[0]).read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::linear" for event in events)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_the_tokens_are_the_same(checkpoint):
+    model = checkpoint("llama")
+    llm = LLM(model.path, torch_dtype="float32", torch_compile=True, max_num_batched_tokens=60)
+    assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
+
+
+def flashinfer_llm(monkeypatch, path, **settings):
+    """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
+    fake_flashinfer.install(monkeypatch)
+    llm = LLM(path, **settings)
+    runner = llm.core.executor
+    layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
+    options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}
+    runner.use_backend(backend_class("flashinfer")(layers, **options))
+    return llm
+
+
+@pytest.mark.parametrize("budget", [7, 2048])
+def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_path, demo_model, budget):
+    """head_dim 64 and 16 bit, as the kernels need; the same engine on the torch backend says what is right."""
+    settings = {"torch_dtype": "float32", "torch_dtype_autocast": "bfloat16", "max_num_batched_tokens": budget}
+    prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33, 100)]
+    expected = tokens(LLM(demo_model, **settings), prompts)
+    got = tokens(flashinfer_llm(monkeypatch, demo_model, **settings), prompts)
+    same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
+    assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
+
+
+def test_auto_settings(monkeypatch):
+    from simple_flashinfer.engine.launch import _attention
+
+    cuda = torch.device("cuda", 0)
+    assert _attention(Config(), CPU, torch.bfloat16) == ("sdpa", torch.bfloat16)
+    assert _attention(Config(), cuda, torch.float16) == ("flashinfer", torch.float16)
+    assert _attention(Config(), cuda, torch.float32) == ("flashinfer", torch.bfloat16)
+    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32) == ("sdpa", torch.float16)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        _attention(Config(attention_backend="flashinfer"), CPU, torch.bfloat16)
+
+
+def test_two_models_in_one_process_do_not_mix(checkpoint):
+    first, second = checkpoint("llama"), checkpoint("mistral")
+    llms = [LLM(model.path, torch_dtype="float32") for model in (first, second)]
+    assert tokens(llms[0], first.prompts) == first.expected
+    assert tokens(llms[1], second.prompts) == second.expected
+
+
+def test_a_loaded_model_keeps_the_checkpoint_s_dtype(demo_model):
+    loaded = load_model(demo_model, Config(model=demo_model), CPU)
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
+    assert loaded.eos_token_ids == (AutoConfig.from_pretrained(demo_model).eos_token_id,)
+    assert loaded.weight_bytes == sum(p.numel() * 2 for p in loaded.model.parameters()) + sum(
+        b.numel() * b.element_size() for b in loaded.model.buffers()
+    )
+    assert isinstance(ModelRunner(loaded, CPU, 4), ModelRunner)
