@@ -79,6 +79,25 @@ class AttentionMetadata:
             positions=np.arange(int(qo_indptr[-1]), dtype=np.int32) + first,
         )
 
+    def padded(self, size: int, scratch_page: int) -> "AttentionMetadata":
+        """Decodes filled up to `size` requests, with ones of a single token in a page that nobody reads."""
+        count = size - len(self.kv_lens)
+        ones = np.ones(count, np.int32)
+
+        def more(array: Int32Array, values: Int32Array) -> Int32Array:
+            return np.concatenate([array, values])
+
+        return AttentionMetadata(
+            num_decodes=size,
+            qo_indptr=_indptr(np.ones(size, np.int32)),
+            kv_indptr=more(self.kv_indptr, self.kv_indptr[-1] + np.cumsum(ones, dtype=np.int32)),
+            kv_indices=more(self.kv_indices, ones * np.int32(scratch_page)),
+            kv_last_page_len=more(self.kv_last_page_len, ones),
+            kv_lens=more(self.kv_lens, ones),
+            batch_indices=np.arange(size, dtype=np.int32),
+            positions=more(self.positions, ones - 1),
+        )
+
 
 def _indptr(lengths: Int32Array) -> Int32Array:
     indptr = np.zeros(len(lengths) + 1, np.int32)
@@ -120,6 +139,14 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, metadata: AttentionMetadata) -> None:
         """Host-side work that all layers of one forward pass share."""
+
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+        """Plans decodes for a CUDA graph over `size` requests: the same buffers and kernels for every such plan.
+
+        What `run` then does may be captured, and replayed after any later plan_graph of the same size. Backends whose
+        `run` can't be captured leave this as it is.
+        """
+        raise ValueError(f"{type(self).__name__} can't run inside a CUDA graph; leave --cuda_graph off")
 
     @abstractmethod
     def run(

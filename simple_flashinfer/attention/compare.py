@@ -32,6 +32,10 @@ class ComparingBackend(AttentionBackend):
         self._metadata = metadata
         self._backend.plan(metadata)
 
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+        self._metadata = metadata  # all of them decodes: there is nothing to compare
+        self._backend.plan_graph(metadata, size)
+
     def run(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -5,6 +5,9 @@ for which FlashInfer needs no second compiled module. Layers that differ in scal
 apart: each kind of layer has one wrapper for decode and one for prefill, over one shared workspace (they run one
 after the other on one stream).
 
+For CUDA graphs each batch size has decode wrappers of its own over buffers that stay where they are; one page beyond the
+pool takes what the padding rows write.
+
 Requests with one query token take the decode wrapper, all others the prefill wrapper, which does chunks over a cached
 prefix as well. Index arrays that `plan` reads on the host are given as CPU tensors, so that planning never waits for the
 device; page numbers go to the device, where the kernels read them.
@@ -23,6 +26,7 @@ from simple_flashinfer.types import Int32Array
 
 _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
+_MAX_PADDING_ROWS = 64  # in one decode graph
 _TENSOR_CORE_GROUP = 4  # query heads per K/V head from which decode is faster on tensor cores
 
 
@@ -43,6 +47,21 @@ class _Kind:
         return cls(
             layer.num_qo_heads, layer.num_kv_heads, layer.head_dim_qk, layer.scaling, window_left, layer.softcap or 0.0
         )
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        return self.num_qo_heads // self.num_kv_heads >= _TENSOR_CORE_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class _GraphPlan:
+    """What a captured decode over one batch size reads: int32 on the device, filled anew by each plan."""
+
+    wrappers: dict[_Kind, Any]
+    batch_indices: torch.Tensor  # [size]
+    positions: torch.Tensor  # [size]
+    kv_indptr: torch.Tensor  # [size + 1]
+    kv_last_page_len: torch.Tensor  # [size]
 
 
 class FlashInferBackend(AttentionBackend):
@@ -68,11 +87,14 @@ class FlashInferBackend(AttentionBackend):
             self._decode[kind] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace,
                 "NHD",
-                use_tensor_cores=kind.num_qo_heads // kind.num_kv_heads >= _TENSOR_CORE_GROUP,
+                use_tensor_cores=kind.use_tensor_cores,
             )
+        self._graphs: dict[int, _GraphPlan] = {}
+        # the pages of all requests are distinct; the rest is for padding rows, which repeat the scratch page
+        self._graph_indices = torch.zeros(num_pages + _MAX_PADDING_ROWS, dtype=torch.int32, device=device)
         self._caches = {
             layer.layer_idx: torch.zeros(
-                num_pages, 2, page_size, layer.num_kv_heads, layer.head_dim_qk, dtype=dtype, device=device
+                num_pages + 1, 2, page_size, layer.num_kv_heads, layer.head_dim_qk, dtype=dtype, device=device
             )
             for layer in layers
         }
@@ -109,22 +131,9 @@ class FlashInferBackend(AttentionBackend):
         }
         indices = self._append["kv_indices"]
         split = int(meta.kv_indptr[decodes])
-        shared = {"q_data_type": self.dtype, "kv_data_type": self.dtype}
-        for kind, wrapper in self._decode.items():
-            if decodes:
-                wrapper.plan(
-                    torch.from_numpy(meta.kv_indptr[: decodes + 1]),
-                    indices[:split],
-                    torch.from_numpy(meta.kv_last_page_len[:decodes]),
-                    kind.num_qo_heads,
-                    kind.num_kv_heads,
-                    kind.head_dim,
-                    self.page_size,
-                    window_left=kind.window_left,
-                    logits_soft_cap=kind.softcap,
-                    sm_scale=kind.scaling,
-                    **shared,
-                )
+        self._running_decode = self._decode
+        if decodes:
+            self._plan_decode(self._decode, meta, indices[:split])
         for kind, wrapper in self._prefill.items():
             if decodes < len(meta.kv_lens):
                 wrapper.plan(
@@ -140,8 +149,64 @@ class FlashInferBackend(AttentionBackend):
                     sm_scale=kind.scaling,
                     window_left=kind.window_left,
                     logits_soft_cap=kind.softcap,
-                    **shared,
+                    q_data_type=self.dtype,
+                    kv_data_type=self.dtype,
                 )
+
+    def _plan_decode(self, wrappers: dict[_Kind, Any], meta: AttentionMetadata, indices: torch.Tensor) -> None:
+        """Plans the first num_decodes requests, whose pages are `indices`."""
+        for kind, wrapper in wrappers.items():
+            wrapper.plan(
+                torch.from_numpy(meta.kv_indptr[: meta.num_decodes + 1]),
+                indices,
+                torch.from_numpy(meta.kv_last_page_len[: meta.num_decodes]),
+                kind.num_qo_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                self.page_size,
+                window_left=kind.window_left,
+                logits_soft_cap=kind.softcap,
+                sm_scale=kind.scaling,
+                q_data_type=self.dtype,
+                kv_data_type=self.dtype,
+            )
+
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+        meta = metadata.padded(size, scratch_page=self.num_pages)
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._make_graph_plan(size)
+        graph.positions.copy_(torch.from_numpy(meta.positions))
+        self._plan_decode(graph.wrappers, meta, self._on_device(meta.kv_indices))  # fills the other buffers
+        self._append = {
+            "batch_indices": graph.batch_indices,
+            "positions": graph.positions,
+            "kv_indices": self._graph_indices,
+            "kv_indptr": graph.kv_indptr,
+            "kv_last_page_len": graph.kv_last_page_len,
+        }
+        self._num_decodes = size
+        self._running_decode = graph.wrappers
+
+    def _make_graph_plan(self, size: int) -> "_GraphPlan":
+        def buffer(length: int) -> torch.Tensor:
+            return torch.zeros(length, dtype=torch.int32, device=self.device)
+
+        kv_indptr, kv_last_page_len = buffer(size + 1), buffer(size)
+        wrappers = {
+            kind: self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=kind.use_tensor_cores,
+                paged_kv_indptr_buffer=kv_indptr,
+                paged_kv_indices_buffer=self._graph_indices,
+                paged_kv_last_page_len_buffer=kv_last_page_len,
+            )
+            for kind in self._decode
+        }
+        batch_indices = torch.arange(size, dtype=torch.int32, device=self.device)
+        return _GraphPlan(wrappers, batch_indices, buffer(size), kv_indptr, kv_last_page_len)
 
     def run(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
@@ -152,10 +217,10 @@ class FlashInferBackend(AttentionBackend):
         self._flashinfer.append_paged_kv_cache(k.contiguous(), v.contiguous(), paged_kv_cache=cache, **self._append)
         q = q.contiguous()
         if decodes == len(q):
-            return self._decode[kind].run(q, cache)  # type: ignore[no-any-return]
+            return self._running_decode[kind].run(q, cache)  # type: ignore[no-any-return]
         if decodes == 0:
             return self._prefill[kind].run(q, cache)  # type: ignore[no-any-return]
-        return torch.cat([self._decode[kind].run(q[:decodes], cache), self._prefill[kind].run(q[decodes:], cache)])
+        return torch.cat([self._running_decode[kind].run(q[:decodes], cache), self._prefill[kind].run(q[decodes:], cache)])
 
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self._caches[layer_idx][pages].permute(1, 3, 0, 2, 4).flatten(2, 3)

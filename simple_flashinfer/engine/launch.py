@@ -63,8 +63,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
 
     phases.end("import")
     device = resolve_device(config)
-    if config.cuda_graph and device.type != "cuda":
-        raise ConfigError("--cuda_graph needs a CUDA device, and the model runs on cpu")
+    _check_graphs(config, device)
     try:
         loaded = load_model(path, config, device)
         phases.end("load")
@@ -79,6 +78,8 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         raise ConfigError(f"--model {config.model}: {error}") from error
     if config.torch_compile:
         runner.compile(config.torch_compile_mode)
+    if config.cuda_graph:
+        runner.use_cuda_graphs(config.max_sequence)
     scheduler = Scheduler(
         max_num_seqs=config.max_sequence,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -107,6 +108,20 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids=loaded.eos_token_ids,
     )
     return EngineCore(scheduler, runner, check_when_idle=config.loglevel == "debug"), info
+
+
+def _check_graphs(config: Config, device: "torch.device") -> None:
+    if not config.cuda_graph:
+        return
+    if device.type != "cuda":
+        raise ConfigError("--cuda_graph needs a CUDA device, and the model runs on cpu")
+    if config.attention_backend == "sdpa":
+        raise ConfigError("--cuda_graph needs --attention_backend flashinfer: torch's attention can't be recorded")
+    if config.torch_compile and config.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+        raise ConfigError(
+            f"--cuda_graph and --torch_compile_mode {config.torch_compile_mode} both record CUDA graphs; "
+            "use --torch_compile_mode default, or max-autotune-no-cudagraphs"
+        )
 
 
 def _attention(config: Config, device: "torch.device", model_dtype: "torch.dtype") -> tuple[str, "torch.dtype"]:

@@ -10,6 +10,7 @@ import torch
 
 from simple_flashinfer.attention import AttentionBackend, AttentionLayer, AttentionMetadata
 from simple_flashinfer.model.attention_hook import AttentionHook
+from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token_ids
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
@@ -30,6 +31,7 @@ class ModelRunner:
         self._num_layers = int(loaded.text_config.num_hidden_layers)
         self._forward: Any = loaded.model
         self._hook = AttentionHook(loaded.model)
+        self._graphs: DecodeGraphs | None = None
         self._inputs = InputBatch(max_num_seqs)
         self._profiler = StepProfiler(enabled=profile)
 
@@ -56,6 +58,11 @@ class ModelRunner:
     def use_backend(self, backend: AttentionBackend) -> None:
         self._hook.backend = backend
 
+    def use_cuda_graphs(self, max_num_seqs: int) -> None:
+        """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""
+        assert self._hook.backend is not None
+        self._graphs = DecodeGraphs(self._hook.backend, self._model_logits, max_num_seqs, self.device)
+
     def compile(self, mode: str) -> None:
         """Compiles the forward pass; attention stays one opaque operator. Batch sizes are dynamic, so recompiles are few."""
         self._hook.opaque = True
@@ -78,12 +85,15 @@ class ModelRunner:
     def _execute(self, batch: SchedulerOutput) -> ModelOutput:
         self._inputs.start(batch.new_requests)
         metadata = AttentionMetadata.of(batch)
-        assert self._hook.backend is not None
-        self._hook.backend.plan(metadata)
-        last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
         ids = token_ids(batch, metadata.batch_indices, metadata.positions)
-        logits = self._logits(ids, metadata.positions, last_tokens)
-        if not len(last_tokens):
+        if self._graphs is not None and bool(batch.samples.all()) and metadata.num_decodes == len(batch.rows):
+            logits = self._graphs.run(metadata, ids)
+        else:
+            assert self._hook.backend is not None
+            self._hook.backend.plan(metadata)
+            last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
+            logits = self._logits(ids, metadata.positions, last_tokens)
+        if not len(logits):
             return ModelOutput(np.empty(0, np.int32))
         drawn = sample(logits, self._inputs.sampling(batch)).cpu().numpy().astype(np.int32)
         if (drawn < 0).any():
@@ -92,12 +102,10 @@ class ModelRunner:
 
     def _logits(self, ids: Int32Array, positions: Int32Array, rows: np.ndarray) -> torch.Tensor:
         """ids, positions int32 [T], rows [S] indices into them -> logits [S, vocab_size]"""
-        output = self._forward(
-            input_ids=device_tensor(ids, self.device)[None],
-            position_ids=device_tensor(positions, self.device)[None],
-            use_cache=False,
-            logits_to_keep=device_tensor(rows, self.device),
-        )
+        return self._model_logits(*(device_tensor(array, self.device) for array in (ids, positions, rows)))
+
+    def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         return output.logits[0]  # type: ignore[no-any-return]
 
     def shutdown(self) -> None:

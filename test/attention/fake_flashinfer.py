@@ -180,12 +180,21 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         kv_layout="NHD",
         use_cuda_graph=False,
         use_tensor_cores=False,
+        paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None,
+        paged_kv_last_page_len_buffer=None,
         *,
         backend="auto",
         jit_args=None,
     ) -> None:
         assert float_workspace_buffer.dtype == torch.uint8
         assert kv_layout == "NHD"
+        self.buffers = None
+        if use_cuda_graph:
+            _check_int32("indptr buffer", paged_kv_indptr_buffer)
+            _check_int32("indices buffer", paged_kv_indices_buffer)
+            _check_int32("last_page_len buffer", paged_kv_last_page_len_buffer, len(paged_kv_indptr_buffer) - 1)
+            self.buffers = (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
 
     def plan(
         self,
@@ -211,6 +220,16 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             queries, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, dtypes, window_left,
             logits_soft_cap, sm_scale,
         )  # fmt: skip
+        if self.buffers is not None:
+            indptr_buffer, indices_buffer, last_buffer = self.buffers
+            assert len(last_page_len) == len(last_buffer), "the batch size of a graph is fixed"
+            assert len(indices) <= len(indices_buffer)
+            indptr_buffer.copy_(indptr)
+            indices_buffer[: len(indices)].copy_(indices)
+            last_buffer.copy_(last_page_len)
 
     def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
+        if self.buffers is not None:  # a replay reads what stands in the buffers then
+            indptr, indices, last = self.buffers
+            self.plan_of = (self.plan_of[0], indptr, indices[: int(indptr[-1])], last, *self.plan_of[4:])
         return self._run(q, paged_kv_cache)
