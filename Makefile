@@ -9,7 +9,7 @@ EXTRAS ?= test,bench
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: setup serve test test-gpu lint clean help
+.PHONY: help setup serve test test-gpu lint pics clean
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -33,6 +33,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 test-gpu: ## tests that need a CUDA device, with the Python that has torch for CUDA and flashinfer
 	@$(PYTHON) -m pytest -m gpu $(ARGS)
+
+pics: $(STAMP) ## draw the pictures of README.md
+	@$(BIN)/python pics/architecture.py
 
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

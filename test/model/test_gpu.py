@@ -33,7 +33,7 @@ def model(request, tmp_path_factory, demo_model):
 def check(model, **settings):
     """Every token that was chosen is, in float32, the best one but for what 16 bit rounds away."""
     path, reference, prompts = model
-    llm = LLM(path, device="cuda", torch_dtype="bfloat16", max_model_len=2048, **settings)
+    llm = LLM(path, device="cuda", torch_dtype="bfloat16", **{"max_model_len": 2048, **settings})
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     gaps = []
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -46,6 +46,7 @@ def check(model, **settings):
     assert (gap == 0).float().mean() > 0.8, "most tokens are the very best"
     assert gap.max() < 0.3
     assert llm.stats.num_free_pages == llm.info.num_pages
+    assert (llm.stats.num_preemptions > 0) == ("kv_cache_memory" in settings)
     llm.core.scheduler.check()
     return [output.token_ids for output in outputs]
 
@@ -74,4 +75,5 @@ def test_torch_attention_on_the_device(model):
 
 
 def test_preemption(model):
-    check(model, kv_cache_memory=8 << 20, max_num_batched_tokens=256)  # of about 4,000 or 2,000 tokens
+    bytes_per_token = 4 * 2 * 2 * 2 * model[1].config.head_dim
+    check(model, max_model_len=768, kv_cache_memory=900 * bytes_per_token)
