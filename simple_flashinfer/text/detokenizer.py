@@ -1,15 +1,19 @@
 """Tokens to text as they come: whole characters only, spaces kept, nothing of a stop string given away.
 
-The pieces of a text, put together, are the text that decoding all its tokens at once gives.
+The pieces of a text, put together, are the text that decoding all its tokens at once gives. What a token adds depends on the
+tokens before it (spaces, unfinished characters), so a short window of tokens is decoded with the new one and without
+it, and the difference is the piece. (tokenizers' DecodeStream does the same, but raises when byte-fallback tokens turn out
+to be no UTF-8, which a model may produce at any time.)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from simple_flashinfer.types import FinishReason
+
+# Tokens after which an unfinished character is none. Four bytes make one, but a longer wait keeps runs of wrong bytes whole.
+_LONGEST_CHARACTER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +27,12 @@ class TextDelta:
 
 class Detokenizer:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._stream = DecodeStream(skip_special_tokens=True) if self._fast is not None else None
+        self._decode = getattr(tokenizer, "backend_tokenizer", tokenizer).decode  # the fast one's own, without wrapping
         self._stop = tuple(stop)
         self._ids: list[int] = []
+        self._window = 0  # ids from here on are decoded with each new token
+        self._read = 0  # ids up to here are in _decoded
+        self._before = ""  # text of ids[_window : _read]
         self._decoded = ""  # all text so far, what is held back included
         self._given = 0  # characters of it that were given out
 
@@ -40,7 +45,6 @@ class Detokenizer:
         final = finish_reason is not None
         shown = token_ids[:-1] if finish_reason is FinishReason.STOP else token_ids
         for count, token in enumerate(shown, 1):
-            self._ids.append(token)
             if (end := self._extend(self._step(token))) is not None:
                 return self._give(end, count, FinishReason.STOP)
         if final and (end := self._extend(self._rest())) is not None:
@@ -64,15 +68,20 @@ class Detokenizer:
         return max(map(len, self._stop), default=1)
 
     def _step(self, token: int) -> str:
-        if self._stream is not None:
-            return self._stream.step(self._fast, token) or ""
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)  # slow tokenizers: all of it, each time
-        return "" if text.endswith("\ufffd") else text[len(self._decoded) :]
+        """What a token adds to the text; nothing while it ends in an unfinished character."""
+        self._ids.append(token)
+        text: str = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        if text.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER:
+            return ""
+        piece = text[len(self._before) :]
+        self._window, self._read = self._read, len(self._ids)
+        self._before = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        return piece
 
     def _rest(self) -> str:
-        """What decoding everything at once has more: the bytes of a character that was never finished."""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        """What was held back as unfinished."""
+        text: str = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        return text[len(self._before) :]
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string may begin with."""
