@@ -38,6 +38,8 @@ def parse_bytes(text: str) -> int | None:
         raise ValueError("must be a size such as 4GiB or 512MB, or auto")
     number, prefix, unit = match.groups()
     base = 1000 if unit == "b" and prefix else 1024
+    if len(number) > 15:
+        raise ValueError("must be a size that there is")
     return int(float(number) * base ** " kmgt".index(prefix or " "))
 
 

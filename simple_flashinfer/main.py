@@ -48,7 +48,7 @@ def run(config: Config) -> None:
         config=config,
         engine=AsyncEngine(channel, info, max_requests=config.max_sequence + config.max_waiting),
         tokenizer=tokenizer,
-        requests=RequestFactory(info, config.seed),
+        requests=RequestFactory(info, config.seed, tokenizer.eos_token_id),
     )
 
     class Server(uvicorn.Server):
@@ -89,7 +89,7 @@ def _announce(config: Config, listener: socket.socket) -> None:
         logger.warning("Anyone who reaches this machine can use the model: set --api_key, or --host 127.0.0.1")
     if config.model == DEMO_MODEL:
         logger.warning("Serving a tiny demo model with random weights: its answers mean nothing. A real one: --model ...")
-    shown = "localhost" if ipaddress.ip_address(host).is_unspecified else host
+    shown = "localhost" if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
     logger.info("Listening on http://%s:%d (interactive documentation: /docs)", shown, port)
 
 

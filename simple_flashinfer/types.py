@@ -21,6 +21,10 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+# They are looked at for each token, some of them for the whole batch: what one request brings must not slow others down.
+MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 32, 256, 128
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to draw the tokens of one request. Each default asks for nothing, but temperature 1.
@@ -55,10 +59,12 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be greater than 0, not {self.repetition_penalty}")
         if any(not text for text in self.stop):
             raise ValueError("stop must not contain an empty string")
+        if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise ValueError(f"stop may have {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters at most")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_token_ids may have {MAX_STOP_TOKENS} entries at most, not {len(self.stop_token_ids)}")
         if any(not 0 <= token < 2**31 for token in self.stop_token_ids):
             raise ValueError("stop_token_ids must be token ids, 0 or greater")
 
@@ -69,7 +75,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_p", 0, 1),
     ("top_k", -1, 2**31 - 1),
     ("min_p", 0, 1),
-    ("repetition_penalty", 0, 100),
+    ("repetition_penalty", 0.01, 100),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("seed", -(2**63), 2**64 - 1),

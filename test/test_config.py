@@ -74,6 +74,7 @@ def test_dashes_underscores_and_bare_booleans(argv):
         (["--cuda_graph", "perhaps"], {}, ["--cuda_graph", "true or false"]),
         (["--memory_utilization", "nan"], {}, ["--memory_utilization"]),
         (["--kv_cache_memory", "lots"], {}, ["--kv_cache_memory", "4GiB"]),
+        (["--kv_cache_memory", "9" * 400], {}, ["--kv_cache_memory"]),
         (["--no_such_flag", "1"], {}, ["--no_such_flag"]),
         (["--model"], {}, ["--model"]),
     ],
@@ -114,7 +115,7 @@ def test_help_shows_every_default_and_variable():
     ("flags", "words"),
     [
         (["--port", "abc"], "--port must be"),
-        (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["--port", "0", "--model", "/no/such/folder"], "--model /no/such/folder: there is no such folder"),
         (["--port", "0", "--device", "cuda"], "--device cuda"),
         (["--port", "0", "--cuda_graph"], "--cuda_graph needs a CUDA device"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),

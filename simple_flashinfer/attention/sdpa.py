@@ -77,8 +77,9 @@ class SdpaBackend(AttentionBackend):
     ) -> torch.Tensor:
         layer = self.layers[layer_idx]
         k_cache, v_cache = self._caches[layer_idx]
-        k_cache[self._append_pages, :, self._append_offsets] = k
-        v_cache[self._append_pages, :, self._append_offsets] = v
+        # a masked key has weight 0, but 0 * NaN is NaN: what one request computes wrongly must not stay for others
+        k_cache[self._append_pages, :, self._append_offsets] = k.nan_to_num(0, 0, 0)
+        v_cache[self._append_pages, :, self._append_offsets] = v.nan_to_num(0, 0, 0)
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._groups[layer.sliding_window] = self._make_groups(layer.sliding_window)

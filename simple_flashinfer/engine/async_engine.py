@@ -76,7 +76,7 @@ class AsyncEngine:
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, EngineFailure):
-            self.failure = message.message
+            self.failure = self.failure or message.message  # of several the first is the cause
             self.fail_all("The engine stopped working.")
             return
         self.stats = message.stats

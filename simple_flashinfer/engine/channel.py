@@ -25,6 +25,7 @@ class EngineFailure:
     message: str
 
 
+EXIT_SECONDS = 10  # for an engine that is told to stop
 Message = StepOutputs | EngineFailure
 
 
@@ -86,7 +87,7 @@ class ThreadChannel:
 
     def close(self) -> None:
         self._inbox.put(Stop())
-        self._thread.join()
+        self._thread.join(EXIT_SECONDS)  # not longer: it may be in a long step, and ends with the process
 
 
 class _ThreadEngineEnd:

@@ -1,17 +1,26 @@
 """Puts an engine together, says what it will do, and starts it in a thread or in a process."""
 
+import atexit
 import logging
 import multiprocessing
 import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError
 from simple_flashinfer.core.engine import EngineCore
 from simple_flashinfer.core.scheduler import Scheduler
-from simple_flashinfer.engine.channel import EngineEnd, FrontEnd, ProcessChannel, ProcessEngineEnd, ThreadChannel
+from simple_flashinfer.engine.channel import (
+    EXIT_SECONDS,
+    EngineEnd,
+    FrontEnd,
+    ProcessChannel,
+    ProcessEngineEnd,
+    ThreadChannel,
+)
 from simple_flashinfer.engine.loop import serve
 from simple_flashinfer.types import EngineInfo
 
@@ -22,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EXIT_SECONDS = 10
-
 
 def resolve_model(config: Config) -> str:
     """The hub id or folder that transformers can read; the demo model is built here when it is not there yet."""
@@ -31,7 +38,9 @@ def resolve_model(config: Config) -> str:
         from simple_flashinfer.demo.build import ensure_demo_model
 
         return str(ensure_demo_model())
-    return config.model
+    if config.model.startswith(("/", ".", "~")) and not Path(config.model).expanduser().is_dir():
+        raise ConfigError(f"--model {config.model}: there is no such folder")
+    return str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model
 
 
 class _Phases:
@@ -185,6 +194,7 @@ def _start_process(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_engine_process, args=(config, path, theirs), name="engine", daemon=True)
     process.start()
+    atexit.register(process.kill)  # whatever happens here, it does not stay behind
     theirs.close()
     try:
         ready: EngineInfo | str = ours.recv()
@@ -195,7 +205,7 @@ def _start_process(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
         raise ConfigError(ready)
 
     def wait_for_exit() -> None:
-        process.join(_EXIT_SECONDS)
+        process.join(EXIT_SECONDS)
         if process.is_alive():
             process.kill()
 
@@ -205,7 +215,8 @@ def _start_process(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
 def _engine_process(config: Config, path: str, connection: Connection) -> None:
     from simple_flashinfer.log import set_up_logging
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the front end decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach whole groups of processes: the front end decides, over the pipe
     set_up_logging(config.loglevel)
     try:
         core, info = build_engine(config, path)

@@ -38,7 +38,7 @@ class LLM:
         path = resolve_model(self.config)
         self.core, self.info = build_engine(self.config, path)
         self.tokenizer = Tokenizer(path)
-        self._requests = RequestFactory(self.info, self.config.seed)
+        self._requests = RequestFactory(self.info, self.config.seed, self.tokenizer.eos_token_id)
         self._unfinished: dict[str, _Unfinished] = {}
 
     def generate(
@@ -61,7 +61,7 @@ class LLM:
                 started.append(self.add_request(prompt, p))
             done: dict[str, RequestOutput] = {}
             with tqdm(total=len(many), desc="Requests", disable=not use_tqdm) as bar:
-                while self._unfinished.keys() & set(started):
+                while len(done) < len(started):
                     for output in self.step():
                         if output.finish_reason is not None:
                             done[output.request_id] = output

@@ -26,8 +26,10 @@ class ContextLengthError(ValueError):
 class RequestFactory:
     """Checks against the engine's limits, and settles max_tokens, seed and the tokens that end the output."""
 
-    def __init__(self, info: EngineInfo, seed: int) -> None:
+    def __init__(self, info: EngineInfo, seed: int, eos_token_id: int | None = None) -> None:
+        """eos_token_id: the tokenizer's, which not every model's config repeats."""
         self._info = info
+        self._eos_token_ids = info.eos_token_ids + (() if eos_token_id is None else (eos_token_id,))
         self._random = random.Random(seed)
         self._counter = itertools.count()
 
@@ -39,13 +41,12 @@ class RequestFactory:
         room = info.max_model_len - num_prompt
         if room < (params.max_tokens or 1):
             raise ContextLengthError(info.max_model_len, num_prompt, params.max_tokens)
-        prompt = np.asarray(prompt_token_ids, np.int64)
-        if prompt.min() < 0 or prompt.max() >= info.vocab_size:
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= info.vocab_size:
             raise ValueError(f"the prompt has token ids outside of 0 to {info.vocab_size - 1}")
-        stops = params.stop_token_ids + (() if params.ignore_eos else info.eos_token_ids)
+        stops = params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
         return EngineRequest(
             request_id=f"{next(self._counter)}",
-            prompt_token_ids=prompt.astype(np.int32),
+            prompt_token_ids=np.asarray(prompt_token_ids, np.int32),
             params=params,
             max_tokens=params.max_tokens if params.max_tokens is not None else room,
             seed=params.seed if params.seed is not None else self._random.getrandbits(64),

@@ -10,15 +10,17 @@ a model with layers that never ask for attention (a state-space layer, say) is r
 """
 
 import itertools
+import weakref
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from simple_flashinfer.attention import AttentionBackend, AttentionLayer, UnsupportedLayerError
 
 _counter = itertools.count()
-_hooks: dict[int, "AttentionHook"] = {}  # only compiled graphs look a hook up by number: they can't hold objects
+# compiled graphs look a hook up by number: they can't hold objects
+_hooks: weakref.WeakValueDictionary[int, "AttentionHook"] = weakref.WeakValueDictionary()
 
 
 class AttentionHook:
@@ -31,7 +33,14 @@ class AttentionHook:
         self._number = next(_counter)
         _hooks[self._number] = self
         name = f"page_table_{self._number}"  # a name with "flash" in it would be looked for on the hub
-        AttentionInterface.register(name, self)
+        me = weakref.ref(self)  # transformers keeps what it is given for ever, and with it would keep the KV cache
+
+        def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            hook = me()
+            assert hook is not None
+            return hook(*args, **kwargs)
+
+        AttentionInterface.register(name, attend)
         if not type(model)._can_set_attn_implementation():
             raise UnsupportedLayerError(
                 f"{type(model).__name__} does not use transformers' attention interface, so its attention can't be paged"
@@ -94,18 +103,28 @@ class AttentionHook:
             has_sinks=options.get("s_aux") is not None,
         )
 
-    def layers(self, num_hidden_layers: int) -> list[AttentionLayer]:
-        """What the trial pass recorded. Raises UnsupportedLayerError unless every layer attended once."""
-        missing = sorted(set(range(num_hidden_layers)) - set(self._seen))
+    def layers(self, text_config: PretrainedConfig) -> list[AttentionLayer]:
+        """What the trial pass recorded. Raises UnsupportedLayerError unless every layer attended once, as it was to."""
+        missing = sorted(set(range(text_config.num_hidden_layers)) - set(self._seen))
         if missing:
             raise UnsupportedLayerError(
                 f"layer {missing[0]} of the model keeps a state that is not attention over keys and values "
                 "(linear attention, a state space, or K/V shared with another layer), which can't be paged yet"
             )
+        for index, kind in enumerate(getattr(text_config, "layer_types", None) or ()):
+            if kind == "sliding_attention" and self._seen[index].sliding_window is None:
+                raise UnsupportedLayerError(
+                    f"layer {index} of the model has a sliding window that it keeps in its mask only"
+                )
+        has_window = getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True)
+        seen = any(layer.sliding_window for layer in self._seen.values())
+        if has_window and not seen and not getattr(text_config, "layer_types", None):
+            raise UnsupportedLayerError("layer 0 of the model has a sliding window that it keeps in its mask only")
         return [self._seen[index] for index in sorted(self._seen)]
 
 
-@torch.library.custom_op("simple_flashinfer::attend", mutates_args=())
+# cudagraph_unsafe: what it reads changes behind torch.compile's back, so reduce-overhead must not record it
+@torch.library.custom_op("simple_flashinfer::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, hook: int, sinks: torch.Tensor | None
 ) -> torch.Tensor:

@@ -4,8 +4,6 @@ Sampling parameters are kept one array each with a place for every row, so that 
 operation, however many requests it has.
 """
 
-from dataclasses import fields
-
 import numpy as np
 import torch
 
@@ -13,12 +11,7 @@ from simple_flashinfer.sampling import SamplingBatch
 from simple_flashinfer.sampling.penalties import PenalisedRow
 from simple_flashinfer.types import EngineRequest, Int32Array, SamplingParams, SchedulerOutput
 
-_PER_ROW = {
-    f.name: dtype
-    for f in fields(SamplingBatch)
-    if (dtype := {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32,
-                  "seeds": np.uint64}.get(f.name))
-}  # fmt: skip
+_PER_ROW = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float64, "min_p": np.float32, "seeds": np.uint64}
 
 
 class InputBatch:

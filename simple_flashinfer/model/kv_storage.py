@@ -12,6 +12,10 @@ from simple_flashinfer.config import Config, ConfigError
 logger = logging.getLogger(__name__)
 
 _CPU_DEFAULT = 4 << 30
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def gib(num_bytes: float) -> str:
@@ -24,12 +28,12 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit, usage in _CGROUPS:
         try:
-            free = min(free, int(Path(limit_file).read_text()) - int(Path(usage_file).read_text()))
+            left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            # files that were read lately count as used, but are given up when memory is needed
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, left + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
         except (OSError, ValueError):  # no such cgroup, or no limit ("max")
             continue
     return max(free, 0)
@@ -48,6 +52,8 @@ def plan_pages(config: Config, bytes_per_page: int, device: torch.device, model_
     """
     free = available_memory(device)
     wanted_len = config.max_model_len or model_len
+    if wanted_len > model_len:
+        raise ConfigError(f"--max_model_len {wanted_len} is more than the {model_len} tokens that the model was made for")
     pages_per_request = -(-wanted_len // config.page_size)
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory

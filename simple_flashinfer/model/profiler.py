@@ -41,10 +41,14 @@ class StepProfiler:
             self.close()
 
     def _write(self, profiler: Any) -> None:
-        _FOLDER.mkdir(exist_ok=True)
         self._written += 1
         path = _FOLDER / f"steps-{self._written}.json"
-        profiler.export_chrome_trace(str(path))
+        try:
+            _FOLDER.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # no reason to fail anybody's request
+            logger.warning("Can't write %s: %s", path, error)
+            return
         logger.info("Wrote %s (%d of %d); open it in https://ui.perfetto.dev", path, self._written, _TRACES)
 
     def close(self) -> None:

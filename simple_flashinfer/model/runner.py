@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from simple_flashinfer.attention import AttentionBackend, AttentionLayer, AttentionMetadata
+from simple_flashinfer.attention import AttentionBackend, AttentionLayer, AttentionMetadata, UnsupportedLayerError
 from simple_flashinfer.model.attention_hook import AttentionHook
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token_ids
@@ -24,11 +24,16 @@ class ModelRunner:
     """Implements core's Executor in the calling thread. `trace_layers`, then `use_backend`, then `execute`."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device, max_num_seqs: int, profile: bool = False) -> None:
-        if "logits_to_keep" not in inspect.signature(type(loaded.model).forward).parameters:
-            raise ValueError(f"{type(loaded.model).__name__} has no logits_to_keep, without which big batches don't fit")
+        accepted = inspect.signature(type(loaded.model).forward).parameters
+        for name in ("position_ids", "logits_to_keep"):
+            if name not in accepted:
+                raise UnsupportedLayerError(
+                    f"{type(loaded.model).__name__} takes no {name}, so its requests can't be batched"
+                )
         self.device = device
         self._model = loaded.model
-        self._num_layers = int(loaded.text_config.num_hidden_layers)
+        self._text_config = loaded.text_config
+        self._max_model_len = loaded.max_model_len
         self._forward: Any = loaded.model
         self._hook = AttentionHook(loaded.model)
         self._graphs: DecodeGraphs | None = None
@@ -50,10 +55,11 @@ class ModelRunner:
         num_logits = min(num_logits, num_tokens)
         with torch.inference_mode():
             zeros = np.zeros(num_tokens, np.int32)
-            logits = self._logits(zeros, np.arange(num_tokens, dtype=np.int32), np.arange(num_logits))
+            positions = np.arange(num_tokens, dtype=np.int32) % self._max_model_len
+            logits = self._logits(zeros, positions, np.arange(num_logits))
             torch.softmax(logits.float(), dim=-1).cumsum(-1, dtype=torch.float64)  # what sampling takes at its worst
         peak = torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else 0
-        return self._hook.layers(self._num_layers), peak
+        return self._hook.layers(self._text_config), peak
 
     def use_backend(self, backend: AttentionBackend) -> None:
         self._hook.backend = backend
@@ -94,6 +100,10 @@ class ModelRunner:
             last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
             logits = self._logits(ids, metadata.positions, last_tokens)
         if not len(logits):
+            # nothing is read back in this step, so nothing waits for the device: the next plan would overwrite the pinned
+            # buffer of this one before it was copied
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
             return ModelOutput(np.empty(0, np.int32))
         drawn = sample(logits, self._inputs.sampling(batch)).cpu().numpy().astype(np.int32)
         if (drawn < 0).any():

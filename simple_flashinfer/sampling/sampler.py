@@ -26,7 +26,7 @@ class SamplingBatch:
 
     temperature: FloatArray
     top_k: npt.NDArray[np.int32]
-    top_p: FloatArray
+    top_p: npt.NDArray[np.float64]
     min_p: FloatArray
     seeds: npt.NDArray[np.uint64]
     positions: npt.NDArray[np.int64]  # of the token to be drawn
@@ -92,12 +92,12 @@ def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp
     return logits >= limit[:, None]
 
 
-def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: FloatArray) -> torch.Tensor:
+def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float64]) -> torch.Tensor:
     """The smallest logit that top-k and top-p leave in each row, [D]."""
     vocab = logits.shape[-1]
     k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)).to(logits.device)[:, None]
-    p = torch.from_numpy(np.where(top_p > 0, top_p, 1.0).astype(np.float64)).to(logits.device)[:, None]
-    log_total = torch.logsumexp(logits, dim=-1, keepdim=True, out=None).double()
+    p = torch.from_numpy(np.where(top_p > 0, top_p, 1.0)).to(logits.device)[:, None]
+    log_total = torch.logsumexp(logits, dim=-1, keepdim=True).double()
     width = min(vocab, _TOP)
     while True:
         values = logits.topk(width, dim=-1).values

@@ -34,7 +34,7 @@ def _key_check(key: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
     expected = f"Bearer {key}".encode()
 
     async def check(http: Request) -> None:
-        given = http.headers.get("authorization", "").encode()
+        given = http.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
         if not secrets.compare_digest(given, expected):
             raise ApiError(
                 401, "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.", code="invalid_api_key",

@@ -1,6 +1,7 @@
 """Every error leaves in OpenAI's form: {"error": {"message", "type", "param", "code"}}. Built here and nowhere else."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -63,15 +64,26 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    # of the branches of a union the one that got farthest says best what is wrong
-    first = max(error.errors(), key=lambda entry: len(entry["loc"]))
-    if first["type"] == "json_invalid":
-        return invalid(f"The request body is not valid JSON: {first['ctx']['error']}", None, "invalid_json")
-    path = [str(part) for part in first["loc"][1:] if str(part).isalnum() or "_" in str(part)]
-    path = [part for part in path if part not in _UNION_BRANCHES]
-    param = ".".join(path) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return invalid(f"{param}: {message}" if param else f"The request body: {message}", param)
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return invalid(f"The request body is not valid JSON: {errors[0]['ctx']['error']}", None, "invalid_json")
+    # of the branches of a union those that got farthest say best what is wrong
+    paths = [_path(entry["loc"]) for entry in errors]
+    param = max(paths, key=lambda path: path.count("."))
+    if not param:
+        return invalid(
+            "The request body must be a JSON object, sent with Content-Type: application/json", None, "invalid_json"
+        )
+    messages = dict.fromkeys(
+        str(entry["msg"]).removeprefix("Value error, ") for entry, path in zip(errors, paths, strict=True) if path == param
+    )
+    return invalid(f"{param}: {', or: '.join(messages)}", param)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """`messages.0.content`: without "body", and without pydantic's names for the branches of a union."""
+    parts = [str(part) for part in location[1:]]
+    return ".".join(p for p in parts if p not in _UNION_BRANCHES and (p.isalnum() or "_" in p) and "[" not in p)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -86,11 +98,13 @@ def add_error_handlers(app: FastAPI) -> None:
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers) if error.headers else None
-        return respond(
-            ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None, headers=headers)
-        )
+        code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return respond(ApiError(error.status_code, message, code=code, headers=headers))
 
-    @app.exception_handler(Exception)
+    # named one by one: for a plain Exception starlette logs a traceback as well
+    @app.exception_handler(QueueFullError)
+    @app.exception_handler(EngineDeadError)
     @app.exception_handler(ApiError)
+    @app.exception_handler(Exception)
     def on_error(request: Request, error: Exception) -> JSONResponse:
         return respond(as_api_error(error))

@@ -49,7 +49,7 @@ async def respond(
     finally:
         if not body.stream:
             await pieces.aclose()
-    return EventStream(answer.events(first, pieces))
+    return EventStream(answer.events(first, pieces), pieces)
 
 
 class _Answer:

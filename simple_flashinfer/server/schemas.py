@@ -14,6 +14,8 @@ from simple_flashinfer.types import SamplingParams
 _INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Values that ask for what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "detokenize": (True,),
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -23,24 +25,31 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "length_penalty": (1,),
+    "length_penalty": (1, 1.0),
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "priority": (0,),
 }
+_NOTHING: tuple[Any, ...] = (False, [], {}, "")  # of fields that are not listed
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    neutral = _NEUTRAL.get(name, _NOTHING)
+    return value is None or name in _INERT or any(type(value) is type(v) and value == v for v in neutral)  # True is not 1
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class GenerationRequest(BaseModel):
     """What chat and plain completions share. None is the same as leaving a field out."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)  # strict: "3" and true are no numbers
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -48,7 +57,7 @@ class GenerationRequest(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -61,10 +70,8 @@ class GenerationRequest(BaseModel):
     def refuse_unsupported(self) -> None:
         """Raises a 400 for the first field that is not supported and asks for something."""
         for name, value in (self.model_extra or {}).items():
-            asks_for_nothing = value is None or value is False or value in ([], {}, "")
-            if asks_for_nothing or name in _INERT or value in _NEUTRAL.get(name, ()):
-                continue
-            raise invalid(f"{name} is not supported with this value; leave it out", name, "unsupported_parameter")
+            if not _asks_for_nothing(name, value):
+                raise invalid(f"{name} is not supported with this value; leave it out", name, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
 
@@ -93,13 +100,13 @@ _SAMPLING_FIELDS = (
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -122,7 +129,11 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def _token_limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise invalid("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
+        return self.max_completion_tokens
 
 
 class CompletionRequest(GenerationRequest):

@@ -37,6 +37,7 @@ class Service:
             )  # fmt: skip
 
     async def tokenize_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        self._check_text([text for message in messages for text in message.values()], "messages")
         size = sum(len(message["content"]) for message in messages)
         try:
             if size > _LONG_TEXT:
@@ -48,9 +49,20 @@ class Service:
     async def tokenize(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
             return prompt
+        self._check_text([prompt], "prompt")
         if len(prompt) > _LONG_TEXT:
             return await asyncio.to_thread(self.tokenizer.encode, prompt)
         return self.tokenizer.encode(prompt)
+
+    def _check_text(self, texts: list[str], param: str) -> None:
+        """Raises a 400 for what is no text, and for what is too long whatever its tokens are, before it is tokenized."""
+        try:
+            size = sum(len(text.encode()) for text in texts)
+        except UnicodeEncodeError as error:
+            raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
+        if (least := size // self.tokenizer.longest_token) >= (limit := self.engine.info.max_model_len):
+            message = f"The context of this model is {limit} tokens, but {param} has at least {least}. Make it shorter."
+            raise invalid(message, param, "context_length_exceeded")
 
     def engine_request(self, prompt_token_ids: list[int], body: GenerationRequest, param: str) -> EngineRequest:
         """Raises a 400 when it can't fit; `param` is the field that the prompt came in."""

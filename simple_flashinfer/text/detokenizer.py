@@ -1,6 +1,7 @@
 """Tokens to text as they come: whole characters only, spaces kept, nothing of a stop string given away.
 
-The pieces of a text, put together, are the text that decoding all its tokens at once gives. What a token adds depends on the
+The pieces of a text, put together, are the text that decoding all its tokens at once gives (but for bytes that are no
+UTF-8, which decoders mark in more than one way). What a token adds depends on the
 tokens before it (spaces, unfinished characters), so a short window of tokens is decoded with the new one and without
 it, and the difference is the piece. (tokenizers' DecodeStream does the same, but raises when byte-fallback tokens turn out
 to be no UTF-8, which a model may produce at any time.)
@@ -74,8 +75,10 @@ class Detokenizer:
         if text.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER:
             return ""
         piece = text[len(self._before) :]
-        self._window, self._read = self._read, len(self._ids)
-        self._before = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        if piece:  # a window must not begin with a token that is no text: what follows would lose its space
+            self._window = self._read
+            self._before = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        self._read = len(self._ids)
         return piece
 
     def _rest(self) -> str:
@@ -85,8 +88,6 @@ class Detokenizer:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string may begin with."""
-        tail = self._decoded[self._given :]
-        for length in range(min(self._longest_stop - 1, len(tail)), 0, -1):
-            if any(stop.startswith(tail[-length:]) for stop in self._stop):
-                return length
-        return 0
+        tail = self._decoded[self._given :][-self._longest_stop :]
+        lengths = range(min(self._longest_stop - 1, len(tail)), 0, -1) if self._stop else ()
+        return next((n for n in lengths if any(stop.startswith(tail[-n:]) for stop in self._stop)), 0)

@@ -1,6 +1,7 @@
 """The model's tokenizer and chat template."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -20,6 +21,11 @@ class Tokenizer:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--model {path}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that one token can stand for at most: a text of n bytes has at least n / longest_token tokens."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab())
+
     @property
     def eos_token_id(self) -> int | None:
         return self._tokenizer.eos_token_id  # type: ignore[no-any-return]
@@ -28,12 +34,14 @@ class Tokenizer:
         """A plain prompt, with the special tokens that the model expects around one."""
         return self._tokenizer.encode(text)  # type: ignore[no-any-return]
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """A conversation, up to where the assistant is to answer. Raises ChatTemplateError."""
         if not self._tokenizer.chat_template:
             raise ChatTemplateError("This model has no chat template; use /v1/completions with a plain prompt.")
         try:
-            rendered = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # templates raise what they like
             raise ChatTemplateError(f"The model's chat template refuses these messages: {error}") from error
         # the template has written the special tokens already

@@ -202,6 +202,25 @@ def test_comparing_changes_nothing_and_reports_each_layer(make_backend, caplog):
         assert all(float(line.split()[-1]) < 2e-2 for line in lines)
 
 
+def test_what_one_request_computes_wrongly_does_not_stay_in_the_pages():
+    layer = LAYERS["plain"]
+    backend = backend_class("sdpa")([layer], num_pages=200, page_size=16, dtype=torch.float32, device=torch.device("cpu"))
+    batch = make_batch([0], [160], 16, np.random.default_rng(8))
+    bad = torch.full((160, 2, 64), torch.nan)
+    run(backend, layer, batch.output, torch.zeros(160, 6, 64), bad, bad, None)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, 6, 64), torch.randn(5, 2, 64), torch.randn(5, 2, 64)
+    first = SchedulerOutput(
+        batch.output.rows, np.array([4], np.int32), np.zeros(1, np.int32), 0, np.ones(1, np.bool_), batch.table
+    )
+    then = SchedulerOutput(
+        batch.output.rows, np.array([1], np.int32), np.array([4], np.int32), 1, np.ones(1, np.bool_), batch.table
+    )
+    run(backend, layer, first, q[:4], k[:4], v[:4], None)
+    out = run(backend, layer, then, q[4:], k[4:], v[4:], None)
+    torch.testing.assert_close(out.double(), reference(layer, q[4:], k, v, 4), atol=2e-5, rtol=2e-5)
+
+
 def test_metadata_at_exact_multiples_of_the_page():
     batch = make_batch([15, 16, 31, 0], [1, 1, 1, 32], 16, np.random.default_rng(7))
     metadata = AttentionMetadata.of(batch.output)

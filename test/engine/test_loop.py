@@ -8,7 +8,7 @@ import time
 import pytest
 
 from simple_flashinfer.engine.async_engine import AsyncEngine, QueueFullError
-from simple_flashinfer.engine.channel import ProcessChannel, ProcessEngineEnd, ThreadChannel
+from simple_flashinfer.engine.channel import EngineFailure, ProcessChannel, ProcessEngineEnd, ThreadChannel
 from simple_flashinfer.engine.loop import serve
 from simple_flashinfer.types import EngineDeadError, EngineInfo, FinishReason
 from test.core.simulation import POISON, VOCABULARY, expected_output, make_engine, make_request
@@ -104,6 +104,8 @@ async def test_a_loop_that_dies_tells_everybody(connect):
     for result in results:
         assert isinstance(result, EngineDeadError) or result[1] is FinishReason.ERROR
     assert "the device is lost" in engine.failure
+    engine._on_message(EngineFailure("and then the pipe broke"))
+    assert "the device is lost" in engine.failure, "the first failure is the cause"
     with pytest.raises(EngineDeadError):
         engine.check_ready()
     await engine.close()

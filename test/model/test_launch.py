@@ -1,11 +1,13 @@
 """From settings to a running engine: what is planned, what is refused, and the switches that change how it computes."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, MambaConfig, Phi3Config
+from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, MambaConfig, Phi3Config, Qwen2MoeConfig
 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import backend_class
@@ -93,6 +95,46 @@ def test_models_that_would_be_computed_wrongly_are_refused_by_layer(tmp_path):
     path = write_config(tmp_path / "chunked", chunked)
     with pytest.raises(ConfigError, match="layer 1 of the model is of type chunked_attention"):
         build_engine(Config(model=path, load_format="dummy"), path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BartConfig(vocab_size=100, d_model=32, encoder_layers=1, decoder_layers=1, is_decoder=True), "position_ids"),
+        (
+            Qwen2MoeConfig(**{**_COMMON, "max_window_layers": 2, "use_sliding_window": True, "sliding_window": 24}),
+            "mask only",
+        ),
+    ],
+)
+def test_models_whose_positions_or_windows_would_be_lost(tmp_path, config, words):
+    path = write_config(tmp_path, config)
+    with pytest.raises(ConfigError, match=words):
+        build_engine(Config(model=path, load_format="dummy"), path)
+
+
+def test_a_context_longer_than_the_model_s_is_refused(checkpoint):
+    path = checkpoint("llama").path
+    with pytest.raises(ConfigError, match="--max_model_len 513 is more than the 512"):
+        build_engine(Config(model=path, max_model_len=513), path)
+
+
+def test_a_model_that_is_no_longer_used_gives_its_memory_back(demo_model):
+    llm = LLM(demo_model)
+    backend = weakref.ref(llm.core.executor._hook.backend)
+    llm.generate("a", use_tqdm=False)
+    del llm
+    gc.collect()
+    assert backend() is None
+
+
+def test_traces_that_can_not_be_written_fail_nobody(checkpoint, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traces").write_text("a file, not a folder")
+    llm = LLM(checkpoint("llama").path, torch_profiling=True)
+    (output,) = llm.generate([[5]], SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)
+    assert len(output.token_ids) == 40
+    assert "Can't write" in caplog.text
 
 
 def test_rotary_embeddings_that_change_with_length_stay_below_it():

@@ -73,6 +73,21 @@ def test_the_path_is_a_name_as_well(daemon, demo_model):
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"best_off": 3}, "best_off", "not supported"),
+        ({"n": True}, "n", "not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "not supported"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"max_tokens": "3"}, "max_tokens", "integer"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty", "0.01"),
+        ({"stop": ["x"] * 33}, "stop", "32"),
+        ({"stop": "x" * 300}, "stop", "256"),
+        ({"stop_token_ids": list(range(200))}, "stop_token_ids", "128"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content",
+            "valid string, or: Input should be a valid list",
+        ),
     ],
 )
 def test_a_bad_value_is_a_400_that_names_the_field(daemon, change, param, words):
@@ -89,7 +104,7 @@ def test_what_asks_for_nothing_is_accepted(daemon):
     neutral = {
         "n": 1, "logprobs": False, "top_logprobs": None, "logit_bias": {}, "tools": [], "tool_choice": "none", "user": "me",
         "response_format": {"type": "text"}, "top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0, "stop": None,
-        "metadata": {"a": "b"}, "store": False, "unheard_of": None,
+        "metadata": {"a": "b"}, "store": False, "unheard_of": None, "max_completion_tokens": 3, "length_penalty": 1.0,
     }  # fmt: skip
     response = daemon.post("/v1/chat/completions", {**CHAT, **neutral})
     assert response.status_code == 200, response.text
@@ -101,6 +116,24 @@ def test_a_body_that_is_no_request(daemon, content):
     response = httpx.post(daemon.url + "/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_body_that_is_not_sent_as_json(daemon):
+    response = httpx.post(daemon.url + "/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_half_a_surrogate_pair_is_no_character(daemon, path):
+    if path == "/v1/completions":
+        body = b'{"prompt": "a \\ud800 b"}'
+    else:
+        body = b'{"messages": [{"role": "user", "content": "a \\ud800 b"}]}'
+    response = httpx.post(daemon.url + path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "surrogate" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +142,7 @@ def test_a_body_that_is_no_request(daemon, content):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "many words " * 3000}]}, "messages"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, "messages"),
         ("/v1/completions", {"prompt": [5] * 2048}, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 3_000_000}, "prompt"),
     ],
 )
 def test_too_long_says_both_numbers(daemon, path, body, param):
@@ -130,12 +164,20 @@ def test_the_context_can_be_filled_to_its_last_token(daemon, length):
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [("", "empty"), ([], "list of 0"), ([[1], [2]], "one prompt"), ([99999], "outside"), ([-1], "outside")],
+    [
+        ("", "empty"),
+        ([], "list of 0"),
+        ([[1], [2]], "one prompt"),
+        ([99999], "outside"),
+        ([-1], "outside"),
+        ([2**70], "outside"),
+        ([True], "valid"),
+    ],
 )
 def test_prompts_that_can_not_be(daemon, prompt, words):
     response = daemon.post("/v1/completions", {"prompt": prompt})
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt"
+    assert response.json()["error"]["param"].startswith("prompt")
     assert words in response.json()["error"]["message"]
 
 

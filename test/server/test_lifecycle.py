@@ -51,6 +51,7 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(demo_model):
 
         asyncio.run(scenario())
         daemon.wait_until_idle()
+        assert not any("Traceback" in line for line in daemon.log)
 
 
 def test_who_leaves_the_queue_leaves_nothing_behind(demo_model):
@@ -92,6 +93,19 @@ def test_the_engine_in_a_process_of_its_own_answers_the_same(demo_model, daemon)
         refused = other.post("/v1/completions", PROMPT)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "engine_dead"
+
+
+def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(demo_model):
+    with Daemon("--model", demo_model, "--engine_process", "true") as daemon:
+        url = daemon.url + "/v1/completions"
+        with httpx.stream("POST", url, json=endless(max_tokens=200), timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            children = subprocess.run(["pgrep", "-P", str(daemon.process.pid)], capture_output=True, text=True, check=True)
+            for pid in [daemon.process.pid, *map(int, children.stdout.split())]:
+                os.kill(pid, signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
 
 
 @pytest.mark.parametrize("process", ["true", "false"])

@@ -151,6 +151,14 @@ def test_the_token_that_stopped_the_engine_counts_but_is_no_text(tokenizer):
     assert (delta.text, delta.num_tokens) == ("abc", len(ids))
 
 
+def test_the_space_after_a_special_token_that_is_not_shown():
+    tokenizer = TOKENIZERS["byte fallback"]
+    the = tokenizer.convert_tokens_to_ids("▁the")
+    ids = [the, tokenizer.eos_token_id, the, tokenizer.eos_token_id, tokenizer.eos_token_id, the]
+    deltas = stream(tokenizer, ids, [1] * len(ids))
+    assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids, skip_special_tokens=True) == "the the the"
+
+
 def test_an_unfinished_character_at_the_end():
     tokenizer = TOKENIZERS["byte fallback"]
     ids = tokenizer.encode("ab日", add_special_tokens=False)[:-1]
