@@ -130,6 +130,11 @@ class AttentionBackend(ABC):
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
+        self._allocate()
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Makes the pages, all zeros, and what else lasts."""
 
     @classmethod
     @abstractmethod

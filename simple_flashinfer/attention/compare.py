@@ -15,6 +15,7 @@ class ComparingBackend(AttentionBackend):
     """Runs another backend, and the reference beside it over the same pages."""
 
     def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
         super().__init__(
             list(backend.layers.values()),
             num_pages=backend.num_pages,
@@ -22,7 +23,9 @@ class ComparingBackend(AttentionBackend):
             dtype=backend.dtype,
             device=backend.device,
         )
-        self._backend = backend
+
+    def _allocate(self) -> None:
+        """The pages are the other backend's."""
 
     @classmethod
     def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:

@@ -14,7 +14,6 @@ device; page numbers go to the device, where the kernels read them.
 """
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +64,12 @@ class _GraphPlan:
 
 
 class FlashInferBackend(AttentionBackend):
-    def __init__(
-        self,
-        layers: Sequence[AttentionLayer],
-        *,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+    def _allocate(self) -> None:
         import flashinfer
 
         self._flashinfer = flashinfer
-        self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._kinds = {layer.layer_idx: _Kind.of(layer) for layer in layers}
+        self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        self._kinds = {index: _Kind.of(layer) for index, layer in self.layers.items()}
         self._prefill: dict[_Kind, Any] = {}
         self._decode: dict[_Kind, Any] = {}
         for kind in dict.fromkeys(self._kinds.values()):
@@ -91,13 +81,13 @@ class FlashInferBackend(AttentionBackend):
             )
         self._graphs: dict[int, _GraphPlan] = {}
         # the pages of all requests are distinct; the rest is for padding rows, which repeat the scratch page
-        self._graph_indices = torch.zeros(num_pages + _MAX_PADDING_ROWS, dtype=torch.int32, device=device)
-        self._caches = {
-            layer.layer_idx: torch.zeros(
-                num_pages + 1, 2, page_size, layer.num_kv_heads, layer.head_dim_qk, dtype=dtype, device=device
-            )
-            for layer in layers
-        }
+        self._graph_indices = torch.zeros(self.num_pages + _MAX_PADDING_ROWS, dtype=torch.int32, device=self.device)
+
+        def pages(layer: AttentionLayer) -> torch.Tensor:
+            shape = (self.num_pages + 1, 2, self.page_size, layer.num_kv_heads, layer.head_dim_qk)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        self._caches = {index: pages(layer) for index, layer in self.layers.items()}
 
     @staticmethod
     def require_library() -> None:

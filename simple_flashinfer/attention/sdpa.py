@@ -12,7 +12,6 @@ Prefill: a request at a time; SDPA for the plain case, the written-out form wher
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,26 +37,16 @@ class _Group:
 
 
 class SdpaBackend(AttentionBackend):
-    def __init__(
-        self,
-        layers: Sequence[AttentionLayer],
-        *,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
-
+    def _allocate(self) -> None:
         def pages(layer: AttentionLayer, head_dim: int) -> torch.Tensor:
-            shape = (num_pages, layer.num_kv_heads, page_size, head_dim)
-            if device.type != "cpu":
-                return torch.zeros(shape, dtype=dtype, device=device)
+            shape = (self.num_pages, layer.num_kv_heads, self.page_size, head_dim)
+            if self.device.type != "cpu":
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
             # numpy's zeros are pages that the system hands out when they are written to; torch's are written at once
-            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+            return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
         self._caches = {
-            layer.layer_idx: (pages(layer, layer.head_dim_qk), pages(layer, layer.head_dim_vo)) for layer in layers
+            index: (pages(layer, layer.head_dim_qk), pages(layer, layer.head_dim_vo)) for index, layer in self.layers.items()
         }
 
     @classmethod
