@@ -131,6 +131,9 @@ class Config:
     )  # fmt: skip
 
     page_size: int = _setting(16, _number(int, 1, 1024), "memory", "tokens in a page of the KV cache")
+    prefix_caching: bool = _setting(
+        True, parse_bool, "memory", "keep the KV cache of finished requests, for later ones that begin with the same tokens"
+    )
     memory_utilization: float = _setting(
         0.9, _number(float, 0.01, 1), "memory", "share of the memory left after loading that the KV cache may take"
     )

@@ -173,6 +173,7 @@ class EngineOutput:
     token_ids: Sequence[int]
     finish_reason: FinishReason | None = None
     error: str | None = None  # with FinishReason.ERROR: what went wrong, for the client
+    num_cached_tokens: int | None = None  # with the first token: how many of the prompt's were in the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
 """A request on its way through the scheduler."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 from simple_flashinfer.types import EngineRequest, Int32Array
 
 NO_ROW = -1
+PageKey = tuple[bytes, bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +19,9 @@ class Request:
     spec: EngineRequest
     token_ids: Int32Array
     row: int = NO_ROW
+    num_cached_tokens: int | None = None  # found in the cache when it first ran
+    keys: list[PageKey] = field(default_factory=list)
+    _chain: bytes = b""  # digest of all tokens that `keys` covers
 
     @property
     def id(self) -> str:
@@ -25,3 +30,15 @@ class Request:
     @property
     def max_total_tokens(self) -> int:
         return len(self.spec.prompt_token_ids) + self.spec.max_tokens
+
+    def page_key(self, index: int, tokens: Int32Array) -> PageKey:
+        """What names the content of this request's index-th page: its tokens, and a digest of all tokens before them.
+
+        Equal keys have equal tokens, compared one by one, after a beginning with an equal 128-bit digest. Keys are made once
+        and in order: `tokens`, those of the page, are only read for the first one that is not there yet.
+        """
+        if index == len(self.keys):
+            content = tokens.tobytes()
+            self.keys.append((self._chain, content))
+            self._chain = hashlib.blake2b(self._chain + content, digest_size=16).digest()
+        return self.keys[index]

@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase. Every request has `num_tokens` known and `num_computed_tokens` computed;
 each step lets the second catch up with the first under one budget, `max_num_batched_tokens`. A decode is a request
-that is one behind; a chunked prefill is one that gets less than it is behind; preemption sets the second number to 0.
+that is one behind; a chunked prefill is one that gets less than it is behind; preemption sets the second number to 0, and a
+beginning that is in the cache starts it higher.
 
 Order is first come, first served: running requests stand in the order of their arrival and all are older than any that
 waits. When pages run out the youngest running request is preempted, to the front of the queue; the oldest can always
@@ -34,12 +35,19 @@ _NO_TOKEN = -1
 
 class Scheduler:
     def __init__(
-        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, page_size: int, num_pages: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        num_pages: int,
+        prefix_caching: bool = True,
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.table = RequestTable(max_num_seqs, max_model_len, page_size)
-        self.kv = KVCacheManager(self.table, num_pages)
+        self.kv = KVCacheManager(self.table, num_pages, prefix_caching)
         self._requests: dict[str, Request] = {}
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # preempted ones first, then by arrival
         self._running: Int32Array = np.empty(0, np.int32)  # rows, by arrival
@@ -133,9 +141,11 @@ class Scheduler:
         for row, _ in batch.new_requests:
             self._unannounced.pop(row, None)
         table.num_computed_tokens[batch.rows] += batch.num_scheduled_tokens
+        self.kv.seal(batch.rows, self._by_row)
         rows = batch.rows[batch.samples]
         tokens = result.token_ids
         ends = table.num_tokens[rows]
+        first = np.flatnonzero(ends == table.num_prompt_tokens[rows])
         table.token_ids[rows, ends] = tokens
         table.num_tokens[rows] = ends = ends + 1
         stopped = (self._stop_token_ids[rows] == tokens[:, None]).any(axis=1)
@@ -146,6 +156,8 @@ class Scheduler:
             EngineOutput(by_row[row].spec.request_id, (token,))
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
+        for index in first.tolist():
+            outputs[index].num_cached_tokens = by_row[rows[index]].num_cached_tokens
         if done.any():
             for index in np.flatnonzero(done).tolist():
                 outputs[index].finish_reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
@@ -182,18 +194,20 @@ class Scheduler:
             # Each running request may soon want one page more. Without this reserve an admission would often be
             # followed by a preemption, and its prompt be computed twice.
             reserve = len(self._running) + len(new_rows)
-            if self.kv.pages_for(len(request.token_ids)) + reserve > self.kv.pool.num_free:
+            matched = self.kv.match(request)
+            missing = self.kv.pages_for(len(request.token_ids)) - len(matched)
+            if missing + reserve > self.kv.pages_left(matched):
                 break
             del self._waiting[request.id]
-            self._occupy(request)
+            self._occupy(request, matched)
             new_rows.append(request.row)
-            admitted.append(min(budget, len(request.token_ids)))
+            admitted.append(min(budget, len(request.token_ids) - int(self.table.num_computed_tokens[request.row])))
             budget -= admitted[-1]
         if new_rows:
             self._running = np.append(self._running, np.array(new_rows, np.int32))
         return admitted
 
-    def _occupy(self, request: Request) -> None:
+    def _occupy(self, request: Request, matched: Int32Array) -> None:
         table, row = self.table, self._free_rows.pop()
         request.row = row
         self._by_row[row] = self._unannounced[row] = request
@@ -201,13 +215,15 @@ class Scheduler:
         table.token_ids[row, :num_tokens] = request.token_ids
         table.num_tokens[row] = num_tokens
         table.num_prompt_tokens[row] = len(request.spec.prompt_token_ids)
-        table.num_computed_tokens[row] = 0
         self._max_total_tokens[row] = request.max_total_tokens
         stops = request.spec.stop_token_ids
         if (extra := len(stops) - self._stop_token_ids.shape[1]) > 0:
             self._stop_token_ids = np.pad(self._stop_token_ids, ((0, 0), (0, extra)), constant_values=_NO_TOKEN)
         self._stop_token_ids[row] = _NO_TOKEN
         self._stop_token_ids[row, : len(stops)] = stops
+        self.kv.adopt(row, matched)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = int(table.num_computed_tokens[row])
         self.kv.allocate(np.array([row], np.int32))
 
     def _vacate(self, request: Request) -> None:

@@ -95,6 +95,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         max_model_len=max_model_len,
         page_size=config.page_size,
         num_pages=num_pages,
+        prefix_caching=config.prefix_caching,
     )
     phases.end("plan")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

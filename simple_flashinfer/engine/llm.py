@@ -25,6 +25,7 @@ class RequestOutput:
     text: str = ""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    num_cached_tokens: int = 0  # of the prompt, found in the cache
 
 
 class LLM:
@@ -97,6 +98,7 @@ class LLM:
             delta = unfinished.detokenizer.push(step_output.token_ids, reason)
             output.text += delta.text
             output.token_ids += step_output.token_ids
+            output.num_cached_tokens = step_output.num_cached_tokens or output.num_cached_tokens
             output.finish_reason, output.error = delta.finish_reason, step_output.error
             if output.finish_reason is not None:
                 if reason is None:  # a stop string, which the engine does not know

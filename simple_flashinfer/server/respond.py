@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from simple_flashinfer.server.errors import as_api_error
 from simple_flashinfer.server.schemas import GenerationRequest
-from simple_flashinfer.server.service import Service
+from simple_flashinfer.server.service import Service, Usage
 from simple_flashinfer.server.sse import DONE, ClientLeftError, EventStream, event, until_disconnect
 from simple_flashinfer.text.detokenizer import TextDelta
 from simple_flashinfer.types import EngineRequest
@@ -38,8 +38,9 @@ async def respond(
     http: Request, service: Service, body: GenerationRequest, request: EngineRequest, wording: Wording
 ) -> Response:
     """Waits for the first piece in any case, so that an early failure still gets its proper status."""
-    pieces = service.generate(request)
-    answer = _Answer(service, body, request, wording)
+    usage = Usage(len(request.prompt_token_ids))
+    pieces = service.generate(request, usage)
+    answer = _Answer(service, body, usage, wording)
     try:
         if not body.stream:
             return JSONResponse(await until_disconnect(http.receive, answer.whole(pieces)))
@@ -53,11 +54,10 @@ async def respond(
 
 
 class _Answer:
-    def __init__(self, service: Service, body: GenerationRequest, request: EngineRequest, wording: Wording) -> None:
+    def __init__(self, service: Service, body: GenerationRequest, usage: Usage, wording: Wording) -> None:
         self._wording = wording
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._num_prompt_tokens = len(request.prompt_token_ids)
-        self._num_tokens = 0
+        self._usage = usage
         self._head = {
             "id": wording.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -69,10 +69,9 @@ class _Answer:
         async with aclosing(pieces):
             async for piece in pieces:
                 texts.append(piece.text)
-                self._num_tokens += piece.num_tokens
                 reason = piece.finish_reason
         choice = {"index": 0, **self._wording.choice("".join(texts)), "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": self._wording.object_name, "choices": [choice], "usage": self._usage()}
+        return {**self._head, "object": self._wording.object_name, "choices": [choice], "usage": self._usage.as_json()}
 
     async def events(self, first: TextDelta, pieces: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
         head = {**self._head, "object": self._wording.chunk_object_name}
@@ -89,7 +88,6 @@ class _Answer:
             try:
                 piece = first
                 while True:
-                    self._num_tokens += piece.num_tokens
                     if piece.text or piece.finish_reason:
                         yield chunk(self._wording.delta(piece.text), piece.finish_reason)
                     if piece.finish_reason:
@@ -99,12 +97,5 @@ class _Answer:
                 yield event(as_api_error(error).body)
                 return
             if self._include_usage:
-                yield event({**head, "choices": [], "usage": self._usage()})
+                yield event({**head, "choices": [], "usage": self._usage.as_json()})
             yield DONE
-
-    def _usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": self._num_prompt_tokens + self._num_tokens,
-        }

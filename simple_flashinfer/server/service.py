@@ -22,6 +22,23 @@ _LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requ
 
 
 @dataclass(slots=True)
+class Usage:
+    """Tokens of one request."""
+
+    num_prompt_tokens: int
+    num_tokens: int = 0  # generated
+    num_cached_tokens: int = 0  # of the prompt
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+
+@dataclass(slots=True)
 class Service:
     config: Config
     engine: AsyncEngine
@@ -73,8 +90,11 @@ class Service:
         except ValueError as error:
             raise invalid(f"{param}: {error}", param) from error
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TextDelta, None]:
-        """The answer, piece by piece; the last has a finish_reason. Raises ApiError when the engine fails on it."""
+    async def generate(self, request: EngineRequest, usage: Usage) -> AsyncGenerator[TextDelta, None]:
+        """The answer, piece by piece; the last has a finish_reason. Keeps `usage` up to date.
+
+        Raises ApiError when the engine fails on it.
+        """
         detokenizer = self.tokenizer.detokenizer(request.params.stop)
         async with aclosing(self.engine.generate(request)) as steps:
             async for outputs in steps:
@@ -82,6 +102,8 @@ class Service:
                 if reason is FinishReason.ERROR:
                     raise ApiError(500, outputs[-1].error or "The engine failed.", code="engine_error")
                 delta = detokenizer.push([token for output in outputs for token in output.token_ids], reason)
+                usage.num_cached_tokens = outputs[0].num_cached_tokens or usage.num_cached_tokens
+                usage.num_tokens += delta.num_tokens
                 yield delta
                 if delta.finish_reason is not None:
                     return

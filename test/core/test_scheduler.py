@@ -29,7 +29,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests, self.tokens, self.finals = {}, {}, {}
 
     @rule(
-        prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+        prompt=st.one_of(
+            st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+            st.builds(
+                lambda length, end: [*range(length), *end],
+                st.integers(0, 17),
+                st.lists(st.integers(0, 1), min_size=1, max_size=3),
+            ),
+        ),
         max_tokens=st.integers(1, 24),
         stop=st.lists(st.integers(0, VOCABULARY - 1), max_size=6),
     )
@@ -166,8 +173,65 @@ def test_check_sees_a_page_with_two_owners():
     core.step()
     table = core.scheduler.table
     table.page_table[1, 0] = table.page_table[0, 0]
-    with pytest.raises(AssertionError, match="two owners"):
+    with pytest.raises(AssertionError, match="taken, but by no running request"):
         core.scheduler.check()
+
+
+def cached_tokens(core, *requests):
+    core.apply([Add(request) for request in requests])
+    found = {}
+    while core.has_work:
+        for output in core.step().outputs:
+            if output.num_cached_tokens is not None:
+                assert output.request_id not in found, "told once, with the first token"
+                found[output.request_id] = output.num_cached_tokens
+        core.scheduler.check()
+    return found
+
+
+def test_a_request_that_begins_like_an_earlier_one_shares_its_pages():
+    core = make_engine(num_pages=30)
+    prompt = list(range(1, 15))  # 3 full pages and 2 tokens
+    assert cached_tokens(core, make_request("first", prompt, 6)) == {"first": 0}
+    again = make_request("again", prompt, 6)
+    longer = make_request("longer", [*prompt, 7, 7], 6)
+    other = make_request("other", [9, *prompt[1:]], 6)
+    steps = core.scheduler.stats().num_steps
+    assert cached_tokens(core, again, longer, other) == {"again": 12, "longer": 12, "other": 0}
+    assert core.scheduler.stats().num_steps - steps < 10
+    assert core.scheduler.stats().num_free_pages == 30
+    finals = run(core, make_request("x", prompt, 6), make_request("y", [*prompt, 7, 7], 6))
+    assert finals["x"][0] == expected_output(again)[0]
+    assert finals["y"][0] == expected_output(longer)[0]
+
+
+@pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8)])
+def test_the_last_token_of_a_prompt_is_always_computed(length, cached):
+    core = make_engine()
+    prompt = list(range(1, length + 1))
+    cached_tokens(core, make_request("a", prompt, 1))
+    assert cached_tokens(core, make_request("b", prompt, 1)) == {"b": cached}
+
+
+def test_the_next_turn_finds_the_answer_before():
+    core = make_engine(max_model_len=100, num_pages=40)
+    first = make_request("first", [1, 2, 3, 4, 5], 12)
+    answer = run(core, first)["first"][0]
+    turn = make_request("turn", [1, 2, 3, 4, 5, *answer, 9, 9], 3)
+    assert cached_tokens(core, turn) == {"turn": (5 + 12 - 1) // 4 * 4}
+
+
+def test_without_prefix_caching_nothing_is_found():
+    core = make_engine(prefix_caching=False)
+    requests = [make_request(name, range(1, 15), 2) for name in "ab"]
+    assert [cached_tokens(core, request) for request in requests] == [{"a": 0}, {"b": 0}]
+
+
+def test_cached_pages_are_given_up_for_a_request_that_needs_them():
+    core = make_engine(num_pages=10)
+    for i in range(20):
+        request = make_request(str(i), [i, *range(1, 30)], 6)
+        assert run(core, request)[str(i)][0] == expected_output(request)[0]
 
 
 def test_the_queue_does_not_slow_a_step_down():

@@ -38,6 +38,20 @@ def test_chunked_at_seven_tokens_a_step(model):
     llm.core.scheduler.check()
 
 
+def test_from_the_prefix_cache(model):
+    """The second time most of each prompt is in the cache; the third time a whole conversation is."""
+    llm = LLM(model.path, torch_dtype="float32", max_num_batched_tokens=50)
+    assert tokens(llm.generate(model.prompts, GREEDY, use_tqdm=False)) == model.expected
+    again = llm.generate(model.prompts, GREEDY, use_tqdm=False)
+    assert tokens(again) == model.expected
+    assert [output.num_cached_tokens for output in again] == [(length - 1) // 16 * 16 for length in PROMPT_LENGTHS]
+    turns = [[*prompt, *answer[:12]] for prompt, answer in zip(model.prompts, model.expected, strict=True)]
+    rest = llm.generate(turns, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+    assert tokens(rest) == [answer[12:] for answer in model.expected]
+    assert [output.num_cached_tokens for output in rest] == [(length + 11) // 16 * 16 for length in PROMPT_LENGTHS]
+    llm.core.scheduler.check()
+
+
 @pytest.mark.parametrize("page_size", [16, 5])
 def test_preempted(model, page_size):
     longest = max(PROMPT_LENGTHS) + OUTPUT_LENGTH

@@ -74,6 +74,13 @@ async def test_async(daemon, expected):
         assert text == expected[1]
 
 
+def test_cached_tokens_are_told(client):
+    long = [{"role": "user", "content": "Count the words of this sentence: " + "one two three " * 20}]
+    first, second = (client.chat.completions.create(model="demo", messages=long, max_tokens=2) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens < 16
+    assert second.usage.prompt_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1) // 16 * 16 > 0
+
+
 def test_completions(client, demo_model):
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     ids = tokenizer.encode("def main")
