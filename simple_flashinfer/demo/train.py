@@ -44,6 +44,8 @@ def batches(
     """Pairs of ids and loss weights, [B, T] each, of about _BATCH_TOKENS tokens with padding; weight 0 is padding."""
     while True:
         encoded = [encode(tokenizer, made) for made in itertools.islice(source, _POOL)]
+        if not encoded:
+            return
         encoded = sorted((pair for pair in encoded if len(pair[0]) <= CONTEXT), key=lambda pair: len(pair[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for pair in encoded:

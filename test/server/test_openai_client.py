@@ -11,14 +11,14 @@ LENGTH = 20
 
 @pytest.fixture(scope="module")
 def expected(demo_model):
-    """(prompt length, text) of transformers' own greedy answer to MESSAGES."""
+    """(prompt length, text, token ids) of transformers' own greedy answer to MESSAGES."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
     out = model.generate(prompt, do_sample=False, max_new_tokens=LENGTH)[0, prompt.shape[1] :]
-    return prompt.shape[1], tokenizer.decode(out, skip_special_tokens=True)
+    return prompt.shape[1], tokenizer.decode(out, skip_special_tokens=True), out.tolist()
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def client(daemon):
 
 def test_chat(client, expected):
     answer = client.chat.completions.create(model="demo", messages=MESSAGES, temperature=0, max_tokens=LENGTH)
-    prompt_tokens, text = expected
+    prompt_tokens, text, _ = expected
     assert answer.choices[0].message.content == text
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "length"
@@ -49,7 +49,7 @@ def test_streamed_chat(client, expected):
             stream_options={"include_usage": True},
         )
     )
-    prompt_tokens, text = expected
+    prompt_tokens, text, _ = expected
     assert chunks[0].choices[0].delta.role == "assistant"
     assert not chunks[0].choices[0].delta.content
     assert len({chunk.id for chunk in chunks}) == 1
@@ -108,7 +108,7 @@ def test_content_parts_and_developer_say_the_same_as_strings(client):
 
 
 def test_stop_strings_and_stop_tokens(client, expected, demo_model):
-    _, text = expected
+    _, text, ids = expected
     stop = text[8:11]
     at = text.index(stop)
     for stream in (False, True):
@@ -125,7 +125,6 @@ def test_stop_strings_and_stop_tokens(client, expected, demo_model):
         assert (got, reason) == (text[:at], "stop")
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    ids = tokenizer.encode(text)
     answer = client.chat.completions.create(
         model="demo", messages=MESSAGES, temperature=0, max_tokens=LENGTH, extra_body={"stop_token_ids": [ids[4]]}
     )

@@ -1,0 +1,66 @@
+import itertools
+import random
+
+import pytest
+import torch
+
+from simple_flashinfer.demo.corpus import SKILLS, conversation, is_held_out, training_conversations
+from simple_flashinfer.demo.evaluate import cases, questions
+from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
+from simple_flashinfer.demo.train import CONTEXT, encode, held_out_loss, make_model, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def test_training_text_is_what_the_chat_template_makes(tokenizer):
+    for made in itertools.islice(training_conversations(seed=9), 300):
+        rendered = tokenizer.apply_chat_template(made.messages, tools=made.tools or None, tokenize=False)
+        assert "".join(text for text, _ in segments(made.messages, made.tools)) == rendered
+        ids, answer = encode(tokenizer, made)
+        assert ids == tokenizer.encode(rendered, add_special_tokens=False)
+        assert len(ids) == len(answer)
+        assert len(ids) <= CONTEXT
+
+
+def test_each_digit_is_a_token(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("1234")) == list("1234")
+    assert VOCABULARY <= len(tokenizer) <= VOCABULARY + 8
+
+
+def test_training_learns_something_and_saves(tokenizer):
+    torch.manual_seed(0)
+    model, saved = make_model(tokenizer), []
+    before = held_out_loss(model, tokenizer, "cpu")
+    train(model, tokenizer, 60_000, 2e-3, "cpu", save=lambda: saved.append(1))
+    assert held_out_loss(model, tokenizer, "cpu") < before - 1
+    assert len(saved) >= 9
+
+
+def test_the_corpus_is_the_same_for_the_same_seed():
+    first, second = ([c.messages for c in itertools.islice(training_conversations(seed=4), 50)] for _ in range(2))
+    assert first == second
+
+
+def test_nothing_that_is_held_out_is_trained_on():
+    asked = {text for made in itertools.chain.from_iterable(cases(40).values()) for _, text in [questions(made)[-1]]}
+    assert asked
+    held = {(skill, key) for skill in SKILLS for key in _keys(skill, held_out=True)}
+    seen = {(skill, key) for skill in SKILLS for key in _keys(skill, held_out=False)}
+    assert held
+    assert not held & seen
+
+
+def _keys(skill, held_out):
+    rng = random.Random(1)
+    keys = {SKILLS[skill][0](rng).key for _ in range(2000)}
+    return {key for key in keys if is_held_out(skill, key) == held_out}
+
+
+@pytest.mark.parametrize("skill", [*SKILLS, "memory"])
+def test_held_out_conversations_end_with_their_skill(skill):
+    made = conversation(random.Random(3), skill, held_out=True, filler_tokens=30)
+    assert made.held_out
+    assert made.messages[-1]["role"] == "assistant"
