@@ -146,6 +146,10 @@ class Config:
     attention_backend: str = _setting(
         "auto", _choice("auto", "flashinfer", "sdpa"), "speed", "auto is flashinfer on cuda, sdpa (plain torch) on cpu"
     )
+    fuse: bool = _setting(
+        True, parse_bool, "speed",
+        "join matmuls of the same input, and on cpu pack weights for small batches; torch_compile does its own instead",
+    )  # fmt: skip
     torch_compile: bool = _setting(False, parse_bool, "speed", "compile the model's forward with torch.compile")
     torch_compile_mode: str = _setting(
         "default", _choice("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), "speed",

@@ -66,6 +66,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     import torch
 
     from simple_flashinfer.attention import UnsupportedLayerError
+    from simple_flashinfer.model.fuse import fuse
     from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
     from simple_flashinfer.model.loader import load_model, resolve_device
     from simple_flashinfer.model.runner import ModelRunner
@@ -76,9 +77,12 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     try:
         loaded = load_model(path, config, device)
         phases.end("load")
+        model_dtype = next(loaded.model.parameters()).dtype
+        if config.fuse and not config.torch_compile:
+            fuse(loaded.model)
+            phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
         layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
-        model_dtype = next(loaded.model.parameters()).dtype
         name, dtype = _attention(config, device, model_dtype)
         bytes_per_page = page_bytes(layers, config.page_size, dtype)
         num_pages, max_model_len = plan_pages(config, bytes_per_page, device, loaded.max_model_len, reserve)
