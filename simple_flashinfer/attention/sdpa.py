@@ -29,7 +29,7 @@ _MAX_PADDING = 1.25  # a group's longest request may have this many times the pa
 class _Group:
     """Requests that attend in one call: their queries and pages, and which of the gathered keys each may see."""
 
-    tokens: torch.Tensor  # int64 [B * Q], rows of the flat batch
+    tokens: slice | torch.Tensor  # its B * Q rows of the flat batch; a slice, which copies nothing, where it can be one
     pages: torch.Tensor  # int64 [B, P]
     mask: torch.Tensor | None  # bool [B, Q, P * page_size]; None: all
     fresh: bool = False  # one request, all of whose keys are in this very step: nothing to gather
@@ -72,15 +72,20 @@ class SdpaBackend(AttentionBackend):
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._groups[layer.sliding_window] = self._make_groups(layer.sliding_window)
-        out = q.new_empty(*q.shape[:2], layer.head_dim_vo)
+        results = []
         for group in groups:
-            batch, num_q = group.pages.shape[0], len(group.tokens) // group.pages.shape[0]
-            queries = q[group.tokens].view(batch, num_q, *q.shape[1:])
+            batch = group.pages.shape[0]
+            queries = q[group.tokens].reshape(batch, -1, *q.shape[1:])
             if group.fresh:
                 keys, values = (x[group.tokens].transpose(0, 1)[None] for x in (k, v))
             else:
                 keys, values = (self._gather(cache, group) for cache in (k_cache, v_cache))
-            out[group.tokens] = self._attend(layer, queries, keys, values, group, sinks).flatten(0, 1)
+            results.append(self._attend(layer, queries, keys, values, group, sinks).flatten(0, 1))
+        if len(results) == 1:
+            return results[0]
+        out = q.new_empty(*q.shape[:2], layer.head_dim_vo)
+        for group, result in zip(groups, results, strict=True):
+            out[group.tokens] = result
         return out
 
     def _attend(
@@ -132,11 +137,11 @@ class SdpaBackend(AttentionBackend):
         first_page = np.maximum(first_seen, 0) // self.page_size
         num_pages = np.diff(meta.kv_indptr) - first_page
         groups = []
-        decodes = np.argsort(num_pages[: meta.num_decodes], kind="stable")
+        decodes = np.argsort(num_pages[: meta.num_decodes], kind="stable").astype(np.int32)
         while len(decodes):
             shortest = num_pages[decodes[0]]
             count = int(np.searchsorted(num_pages[decodes], max(shortest * _MAX_PADDING, shortest + 1), side="right"))
-            groups.append(self._group(decodes[:count].astype(np.int32), first_page, num_pages, window))
+            groups.append(self._group(np.sort(decodes[:count]), first_page, num_pages, window))
             decodes = decodes[count:]
         for request in range(meta.num_decodes, len(lengths)):
             groups.append(self._group(np.array([request], np.int32), first_page, num_pages, window))
@@ -170,7 +175,9 @@ class SdpaBackend(AttentionBackend):
             kv_positions = self._tensor(first_page[requests, None] * size + np.arange(width * size))
             q_positions = self._tensor(meta.positions[tokens].reshape(len(requests), num_q))
             mask = causal_mask(q_positions, kv_positions, window)
-        return _Group(self._tensor(tokens), self._tensor(meta.kv_indices[page_numbers]), mask, fresh)
+        first, count = int(tokens[0]), len(tokens)
+        where = slice(first, first + count) if int(tokens[-1]) == first + count - 1 else self._tensor(tokens)
+        return _Group(where, self._tensor(meta.kv_indices[page_numbers]), mask, fresh)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
