@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError, load_config
@@ -42,7 +43,9 @@ def run(config: Config) -> None:
     from simple_flashinfer.text.tokenizer import Tokenizer
 
     path = resolve_model(config)
-    tokenizer = Tokenizer(path)
+    start = time.perf_counter()
+    tokenizer = Tokenizer(path)  # before the model: it is quick to find out that there is none
+    logger.info("Tokenizer ready in %.1f s, most of it the import of transformers", time.perf_counter() - start)
     channel, info = start_engine(config, path)
     service = Service(
         config=config,
