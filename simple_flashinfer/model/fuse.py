@@ -76,17 +76,23 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def fuse(model: nn.Module) -> None:
     """Replaces linear layers inside the model, in place. It computes the same as before, up to the order of sums."""
-    for parent in list(model.modules()):
+    # the list must not hold the layers that are replaced: their weights go as the packed ones come
+    for parent in [module for module in model.modules() if type(module) is not nn.Linear]:
         for names in _JOINED:
             layers: list[Any] = [getattr(parent, name, None) for name in names]
             if _can_join(layers):
                 fused = FusedLinear(layers)
+                del layers
                 setattr(parent, names[0], fused)
                 for index, name in enumerate(names[1:], 1):
                     setattr(parent, name, FusedPart(fused, index))
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and can_pack(layer.weight):
                 setattr(parent, name, FusedLinear([layer]))
+    for parameter in model.parameters():
+        if can_pack(parameter):
+            # weights are read where the checkpoint's file is mapped: with the last of them copied the map can be closed
+            parameter.data = parameter.data.clone()
 
 
 def _can_join(layers: Sequence[Any]) -> bool:
