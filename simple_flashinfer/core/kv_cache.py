@@ -27,19 +27,14 @@ class KVCacheManager:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.table.page_size)
 
-    def missing(self, rows: Int32Array) -> Int32Array:
-        """Pages that each row needs beside those it has, int32 [len(rows)], so that all its tokens have a place."""
-        table = self.table
-        return -(-table.num_tokens[rows] // table.page_size) - table.num_pages[rows]
-
     def allocate(self, rows: Int32Array) -> bool:
-        """Gives each row the pages it misses: to all rows, or (False) to none."""
-        missing = self.missing(rows)
+        """Gives each row the pages that its tokens need beside those it has: to all rows, or (False) to none."""
+        table = self.table
+        missing = -(-table.num_tokens[rows] // table.page_size) - table.num_pages[rows]
         total = int(missing.sum())
         if total > self.pool.num_free:
             return False
         if total:
-            table = self.table
             pages = self.pool.allocate(total)
             starts = np.cumsum(missing) - missing
             columns = np.arange(total) + np.repeat(table.num_pages[rows] - starts, missing)

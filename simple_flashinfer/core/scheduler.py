@@ -247,9 +247,6 @@ class Scheduler:
             num_steps=self._num_steps,
         )
 
-    def request_ids(self) -> list[str]:
-        return list(self._requests)
-
     def ids_of(self, batch: SchedulerOutput) -> list[str]:
         return [request.id for row in batch.rows.tolist() if (request := self._by_row[row]) is not None]
 

@@ -17,7 +17,7 @@ from simple_flashinfer.sampling.penalties import PenalisedRow, apply_penalties
 FloatArray = npt.NDArray[np.float32]
 
 INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
-_TOP = 1024  # a top-p threshold is first looked for among so many logits; sorting a whole vocabulary costs 20 times more
+_TOP = 1024  # a top-p threshold is first looked for among so many logits; sorting 49,152 of them takes 8 times as long
 
 
 @dataclass(slots=True)
@@ -41,7 +41,6 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     best, tokens = logits.max(dim=-1)
     drawn = np.flatnonzero(batch.temperature > 0)
     if len(drawn):
-        # the scalar product of filters: rows of one kind stand together, each pays for what it asks
         rows = torch.from_numpy(drawn).to(logits.device)
         shifted = (logits[rows] - best[rows, None]) / _column(batch.temperature[drawn], logits)
         keep = _keep(shifted, batch, drawn)
@@ -76,11 +75,10 @@ def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp
 
     The order is HF's: top-k, then top-p of what is left, then min-p relative to the best token.
     """
-    threshold = np.full(len(drawn), -np.inf, np.float32)
     top_k, top_p, min_p = batch.top_k[drawn], batch.top_p[drawn], batch.min_p[drawn]
     vocab = logits.shape[-1]
     ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
-    limit = torch.from_numpy(threshold).to(logits.device)
+    limit = torch.full((len(drawn),), -torch.inf, device=logits.device)
     if len(ranked):
         index = torch.from_numpy(ranked).to(logits.device)
         limit[index] = _rank_threshold(logits[index], top_k[ranked], top_p[ranked])
