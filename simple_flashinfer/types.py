@@ -23,6 +23,7 @@ class FinishReason(StrEnum):
 
 # They are looked at for each token, some of them for the whole batch: what one request brings must not slow others down.
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 32, 256, 128
+MAX_LOGPROBS, MAX_LOGIT_BIAS, MAX_BAD_WORDS, MAX_ALLOWED_TOKENS = 20, 1024, 128, 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,23 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to generate; None is all that the context has room for.
         temperature: 0 is greedy, exactly.
-        top_p, top_k, min_p: 0 is off (so is top_p 1 and top_k -1).
+        top_p, top_k, min_p, typical_p: 0 is off (so is top_p 1, typical_p 1 and top_k -1).
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (HF); 1 is off.
         presence_penalty, frequency_penalty: subtracted once, or once per occurrence, for tokens in the output (OpenAI).
         seed: the same seed gives the same tokens, whatever else is in the batch; None draws one.
         stop: strings that end the text, and are not part of it.
         stop_token_ids: tokens that end the output, beside the model's own end-of-sequence tokens.
         ignore_eos: go on after end-of-sequence tokens (stop_token_ids still stop).
+        include_stop_str_in_output: the text ends with the stop string, or the stop token's text, that ended it.
+        min_tokens: so many tokens come before anything may stop the output.
+        skip_special_tokens: the text leaves out what the tokenizer calls special.
+        logit_bias: (token id, number added to its logit).
+        allowed_token_ids: no others are drawn; empty allows all.
+        bad_words: texts that the output shall not contain, as far as single tokens can tell.
+        logprobs: how many of the likeliest tokens to report beside each drawn one; None reports nothing, 0 the drawn one only.
+        prompt_logprobs: the same for the prompt's tokens.
+        grammar: what the output must be, in the form that the grammar library reads; empty is anything.
+        priority: smaller numbers leave the queue first.
     """
 
     max_tokens: int | None = 16
@@ -46,6 +57,7 @@ class SamplingParams:
     top_p: float = 0.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -53,6 +65,16 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -67,6 +89,15 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids may have {MAX_STOP_TOKENS} entries at most, not {len(self.stop_token_ids)}")
         if any(not 0 <= token < 2**31 for token in self.stop_token_ids):
             raise ValueError("stop_token_ids must be token ids, 0 or greater")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must not be greater than max_tokens: {self.min_tokens} and {self.max_tokens}")
+        for name, most in _LENGTHS:
+            if len(getattr(self, name)) > most:
+                raise ValueError(f"{name} may have {most} entries at most, not {len(getattr(self, name))}")
+        if any(not -100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must have values between -100 and 100")
+        if any(not word.strip() or len(word) > MAX_STOP_LENGTH for word in self.bad_words):
+            raise ValueError(f"bad_words must be texts of 1 to {MAX_STOP_LENGTH} characters")
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -75,11 +106,17 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_p", 0, 1),
     ("top_k", -1, 2**31 - 1),
     ("min_p", 0, 1),
+    ("typical_p", 0, 1),
     ("repetition_penalty", 0.01, 100),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("seed", -(2**63), 2**64 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("priority", -(2**31), 2**31 - 1),
 )
+_LENGTHS = (("logit_bias", MAX_LOGIT_BIAS), ("allowed_token_ids", MAX_ALLOWED_TOKENS), ("bad_words", MAX_BAD_WORDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +132,7 @@ class EngineRequest:
     max_tokens: int
     seed: int
     stop_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words, in every way that begins a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +196,29 @@ class SchedulerOutput:
     new_requests: list[tuple[int, EngineRequest]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of a token's probability and of the likeliest ones', from the model's logits as they are."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(slots=True)
 class ModelOutput:
-    """token_ids: int32 [S], one for each row with `samples` set, in the order of `SchedulerOutput.rows`."""
+    """What a step gave.
+
+    Attributes:
+        token_ids: int32 [S], one for each row with `samples` set, in the order of `SchedulerOutput.rows`.
+        logprobs: for those of them that asked, by index into token_ids.
+        prompt_logprobs: for rows that asked, by row: of the tokens that follow the ones computed in this step, in the prompt.
+    """
 
     token_ids: Int32Array
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -174,6 +230,8 @@ class EngineOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None  # with FinishReason.ERROR: what went wrong, for the client
     num_cached_tokens: int | None = None  # with the first token: how many of the prompt's were in the cache
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token: of all the prompt's tokens but the first
 
 
 @dataclass(frozen=True, slots=True)

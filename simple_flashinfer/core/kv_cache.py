@@ -50,7 +50,9 @@ class KVCacheManager:
         """Pages that hold the beginning of a waiting request already, int32. They are not taken yet: see `adopt`."""
         size, tokens = self.table.page_size, request.token_ids
         found: list[int] = []
-        for index in range((len(tokens) - 1) // size if self._prefix_caching else 0):
+        # what is found is not computed, and has no logits
+        usable = self._prefix_caching and not request.wants_prompt_logprobs
+        for index in range((len(tokens) - 1) // size if usable else 0):
             page = self.pool.find(request.page_key(index, tokens[index * size : (index + 1) * size]))
             if page is None:
                 break

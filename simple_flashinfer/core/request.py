@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 
-from simple_flashinfer.types import EngineRequest, Int32Array
+from simple_flashinfer.types import EngineRequest, Int32Array, TokenLogprobs
 
 NO_ROW = -1
 PageKey = tuple[bytes, bytes]
@@ -18,14 +18,27 @@ class Request:
 
     spec: EngineRequest
     token_ids: Int32Array
+    arrival: int = 0
     row: int = NO_ROW
     num_cached_tokens: int | None = None  # found in the cache when it first ran
     keys: list[PageKey] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens 1, 2, ... of the prompt
     _chain: bytes = b""  # digest of all tokens that `keys` covers
 
     @property
     def id(self) -> str:
         return self.spec.request_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The smallest goes first, and is preempted last."""
+        return self.spec.params.priority, self.arrival
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some of them are still to come."""
+        wanted = self.spec.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.spec.prompt_token_ids) - 1
 
     @property
     def max_total_tokens(self) -> int:

@@ -5,15 +5,16 @@ each step lets the second catch up with the first under one budget, `max_num_bat
 that is one behind; a chunked prefill is one that gets less than it is behind; preemption sets the second number to 0, and a
 beginning that is in the cache starts it higher.
 
-Order is first come, first served: running requests stand in the order of their arrival and all are older than any that
-waits. When pages run out the youngest running request is preempted, to the front of the queue; the oldest can always
-go on (a request that could not have the whole pool is refused by `add`), so every request ends.
+Order is first come, first served, within one priority. When pages run out the last running request in that order is
+preempted, back into the queue; the first can always go on (a request that could not have the whole pool is refused by
+`add`), so every request ends that nothing more urgent keeps coming before.
 
 Whatever happens each step to each request is array arithmetic over the rows of the `RequestTable`; Python loops run
 over what is rare: requests that start, end or are preempted, and the outputs.
 """
 
-from collections import OrderedDict
+import heapq
+import itertools
 
 import numpy as np
 
@@ -28,9 +29,11 @@ from simple_flashinfer.types import (
     ModelOutput,
     RequestTable,
     SchedulerOutput,
+    TokenLogprobs,
 )
 
 _NO_TOKEN = -1
+_PROMPT_LOGPROBS_CHUNK = 256  # tokens a step, of a request that wants a whole vocabulary of logits for each
 
 
 class Scheduler:
@@ -49,12 +52,15 @@ class Scheduler:
         self.table = RequestTable(max_num_seqs, max_model_len, page_size)
         self.kv = KVCacheManager(self.table, num_pages, prefix_caching)
         self._requests: dict[str, Request] = {}
-        self._waiting: OrderedDict[str, Request] = OrderedDict()  # preempted ones first, then by arrival
-        self._running: Int32Array = np.empty(0, np.int32)  # rows, by arrival
+        self._arrivals = itertools.count()
+        self._waiting: dict[str, Request] = {}
+        self._queue: list[tuple[tuple[int, int], Request]] = []  # a heap; those no longer in _waiting are passed over
+        self._running: Int32Array = np.empty(0, np.int32)  # rows, in the order in which they came to run
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._by_row: list[Request | None] = [None] * max_num_seqs
         self._unannounced: dict[int, Request] = {}  # rows whose request the executor has not been told of
         self._max_total_tokens = np.zeros(max_num_seqs, np.int32)
+        self._most_per_step = np.zeros(max_num_seqs, np.int32)
         self._stop_token_ids = np.full((max_num_seqs, 4), _NO_TOKEN, np.int32)
         self._num_steps = 0
         self._num_preemptions = 0
@@ -72,8 +78,13 @@ class Scheduler:
         if total > self.max_model_len or self.kv.pages_for(total - 1) > self.kv.pool.num_pages:
             limit = min(self.max_model_len, self.kv.pool.num_pages * self.table.page_size + 1)
             raise ValueError(f"prompt and output of {num_prompt} + {spec.max_tokens} tokens do not fit into {limit}")
-        request = Request(spec, np.asarray(spec.prompt_token_ids, np.int32))
-        self._requests[request.id] = self._waiting[request.id] = request
+        request = Request(spec, np.asarray(spec.prompt_token_ids, np.int32), next(self._arrivals))
+        self._requests[request.id] = request
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        self._waiting[request.id] = request
+        heapq.heappush(self._queue, (request.order, request))
 
     def abort(self, request_id: str) -> bool:
         """Forgets a request, running or waiting, and frees its pages. False when there is no such request."""
@@ -110,6 +121,7 @@ class Scheduler:
         pending = table.num_tokens[rows] - table.num_computed_tokens[rows]
         before = np.cumsum(pending) - pending
         num_scheduled = np.clip(self.max_num_batched_tokens - before, 0, pending).astype(np.int32)
+        num_scheduled = np.minimum(num_scheduled, self._most_per_step[rows])
         if only is None and not preempted:
             admitted = self._admit(self.max_num_batched_tokens - int(num_scheduled.sum()))
             if admitted:
@@ -142,6 +154,8 @@ class Scheduler:
             self._unannounced.pop(row, None)
         table.num_computed_tokens[batch.rows] += batch.num_scheduled_tokens
         self.kv.seal(batch.rows, self._by_row)
+        for row, prompt_logprobs in result.prompt_logprobs.items():
+            self._take_prompt_logprobs(row, prompt_logprobs, int(batch.num_computed_tokens[batch.rows == row][0]))
         rows = batch.rows[batch.samples]
         tokens = result.token_ids
         ends = table.num_tokens[rows]
@@ -157,7 +171,13 @@ class Scheduler:
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
         for index in first.tolist():
-            outputs[index].num_cached_tokens = by_row[rows[index]].num_cached_tokens
+            request = by_row[rows[index]]
+            assert request is not None
+            outputs[index].num_cached_tokens = request.num_cached_tokens
+            if request.spec.params.prompt_logprobs is not None:
+                outputs[index].prompt_logprobs = request.prompt_logprobs
+        for index, logprobs in result.logprobs.items():
+            outputs[index].logprobs = logprobs
         if done.any():
             for index in np.flatnonzero(done).tolist():
                 outputs[index].finish_reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
@@ -168,19 +188,23 @@ class Scheduler:
             self._running = self._running[np.isin(self._running, rows[done], invert=True)]
         return outputs
 
+    def _take_prompt_logprobs(self, row: int, logprobs: list[TokenLogprobs], start: int) -> None:
+        """Of the prompt's tokens from start + 1 on; after a preemption some are there already."""
+        request = self._by_row[row]
+        assert request is not None
+        request.prompt_logprobs += logprobs[len(request.prompt_logprobs) - start :]
+
     # -- places ----------------------------------------------------------------------------------------------------
 
     def _make_room(self) -> bool:
         """Gives running requests the pages they need, preempting the youngest while there are not enough."""
         preempted = False
         while not self.kv.allocate(self._running):
-            request = self._by_row[self._running[-1]]
-            assert request is not None
-            self._running = self._running[:-1]
+            _, request = max((r.order, r) for row in self._running.tolist() if (r := self._by_row[row]) is not None)
+            self._running = self._running[self._running != request.row]
             request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
             self._vacate(request)
-            self._waiting[request.id] = request
-            self._waiting.move_to_end(request.id, last=False)
+            self._enqueue(request)
             self._num_preemptions += 1
             preempted = True
         return preempted
@@ -190,7 +214,10 @@ class Scheduler:
         admitted: list[int] = []
         new_rows: list[int] = []
         while self._waiting and self._free_rows and budget > 0:
-            request = next(iter(self._waiting.values()))
+            _, request = self._queue[0]
+            if self._waiting.get(request.id) is not request:  # left meanwhile
+                heapq.heappop(self._queue)
+                continue
             # Each running request may soon want one page more. Without this reserve an admission would often be
             # followed by a preemption, and its prompt be computed twice.
             reserve = len(self._running) + len(new_rows)
@@ -199,9 +226,11 @@ class Scheduler:
             if missing + reserve > self.kv.pages_left(matched):
                 break
             del self._waiting[request.id]
+            heapq.heappop(self._queue)
             self._occupy(request, matched)
             new_rows.append(request.row)
-            admitted.append(min(budget, len(request.token_ids) - int(self.table.num_computed_tokens[request.row])))
+            pending = len(request.token_ids) - int(self.table.num_computed_tokens[request.row])
+            admitted.append(min(budget, pending, int(self._most_per_step[request.row])))
             budget -= admitted[-1]
         if new_rows:
             self._running = np.append(self._running, np.array(new_rows, np.int32))
@@ -216,6 +245,7 @@ class Scheduler:
         table.num_tokens[row] = num_tokens
         table.num_prompt_tokens[row] = len(request.spec.prompt_token_ids)
         self._max_total_tokens[row] = request.max_total_tokens
+        self._most_per_step[row] = _PROMPT_LOGPROBS_CHUNK if request.wants_prompt_logprobs else self.max_num_batched_tokens
         stops = request.spec.stop_token_ids
         if (extra := len(stops) - self._stop_token_ids.shape[1]) > 0:
             self._stop_token_ids = np.pad(self._stop_token_ids, ((0, 0), (0, extra)), constant_values=_NO_TOKEN)

@@ -33,8 +33,13 @@ class RequestFactory:
         self._random = random.Random(seed)
         self._counter = itertools.count()
 
-    def make(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> EngineRequest:
-        """Raises ContextLengthError when it can't fit, ValueError for tokens that the model does not have."""
+    def make(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    ) -> EngineRequest:
+        """Raises ContextLengthError when it can't fit, ValueError for tokens that the model does not have.
+
+        bad_token_ids: params.bad_words in tokens.
+        """
         info, num_prompt = self._info, len(prompt_token_ids)
         if num_prompt == 0:
             raise ValueError("the prompt is empty: it has no tokens")
@@ -43,6 +48,12 @@ class RequestFactory:
             raise ContextLengthError(info.max_model_len, num_prompt, params.max_tokens)
         if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= info.vocab_size:
             raise ValueError(f"the prompt has token ids outside of 0 to {info.vocab_size - 1}")
+        for name, ids in (
+            ("logit_bias", [i for i, _ in params.logit_bias]),
+            ("allowed_token_ids", params.allowed_token_ids),
+        ):
+            if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
+                raise ValueError(f"{name} has token ids outside of 0 to {info.vocab_size - 1}")
         stops = params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
         return EngineRequest(
             request_id=f"{next(self._counter)}",
@@ -51,4 +62,5 @@ class RequestFactory:
             max_tokens=params.max_tokens if params.max_tokens is not None else room,
             seed=params.seed if params.seed is not None else self._random.getrandbits(64),
             stop_token_ids=tuple(dict.fromkeys(stops)),
+            bad_token_ids=bad_token_ids,
         )

@@ -4,20 +4,27 @@ Sampling parameters are kept one array each with a place for every row, so that 
 operation, however many requests it has.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 
 from simple_flashinfer.sampling import SamplingBatch
-from simple_flashinfer.sampling.penalties import PenalisedRow
-from simple_flashinfer.types import EngineRequest, Int32Array, SamplingParams, SchedulerOutput
+from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow
+from simple_flashinfer.types import EngineRequest, Int32Array, SchedulerOutput
 
-_PER_ROW = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float64, "min_p": np.float32, "seeds": np.uint64}
+T = TypeVar("T")
+_PER_ROW = {
+    "temperature": np.float32, "top_k": np.int32, "top_p": np.float64, "min_p": np.float32, "typical_p": np.float32, "seeds": np.uint64,
+}  # fmt: skip
 
 
 class InputBatch:
     def __init__(self, max_num_seqs: int) -> None:
         self._columns = {name: np.zeros(max_num_seqs, dtype) for name, dtype in _PER_ROW.items()}
-        self._penalised: dict[int, SamplingParams] = {}
+        self._processors: dict[int, LogitsProcessors] = {}
+        self._num_logprobs: dict[int, int] = {}  # by row, for those that asked
+        self._num_prompt_logprobs: dict[int, int] = {}
 
     def start(self, new_requests: list[tuple[int, EngineRequest]]) -> None:
         """Rows that have another request than before."""
@@ -28,14 +35,14 @@ class InputBatch:
                 "top_k": max(params.top_k, 0),
                 "top_p": params.top_p,
                 "min_p": params.min_p,
+                "typical_p": params.typical_p,
                 "seeds": request.seed % 2**64,
             }
             for name, value in values.items():
                 self._columns[name][row] = value
-            if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
-                self._penalised[row] = params
-            else:
-                self._penalised.pop(row, None)
+            _set(self._processors, row, LogitsProcessors.of(request))
+            _set(self._num_logprobs, row, params.logprobs)
+            _set(self._num_prompt_logprobs, row, params.prompt_logprobs)
 
     def sampling(self, batch: SchedulerOutput) -> SamplingBatch:
         rows = batch.rows[batch.samples]
@@ -43,21 +50,47 @@ class InputBatch:
         return SamplingBatch(
             **{name: column[rows] for name, column in self._columns.items()},
             positions=table.num_tokens[rows].astype(np.int64),
-            penalised=[
-                PenalisedRow(
+            processed=[
+                ProcessedRow(
                     index=index,
                     token_ids=table.token_ids[row, : table.num_tokens[row]],
                     num_prompt_tokens=int(table.num_prompt_tokens[row]),
-                    repetition=params.repetition_penalty,
-                    presence=params.presence_penalty,
-                    frequency=params.frequency_penalty,
+                    processors=processors,
                 )
                 for index, row in enumerate(rows.tolist())
-                if (params := self._penalised.get(row)) is not None
+                if (processors := self._processors.get(row)) is not None
             ]
-            if self._penalised
+            if self._processors
             else [],
         )
+
+    def num_logprobs(self, batch: SchedulerOutput) -> dict[int, int]:
+        """How many of the likeliest tokens to report, by index into the sampled rows that asked."""
+        if not self._num_logprobs:
+            return {}
+        rows = batch.rows[batch.samples].tolist()
+        return {index: self._num_logprobs[row] for index, row in enumerate(rows) if row in self._num_logprobs}
+
+    def prompt_logprobs(self, batch: SchedulerOutput) -> list[tuple[int, int, int, int]]:
+        """(row, index of its first token in the step's flat tokens, how many of its tokens a prompt's token follows, how many
+        of the likeliest to report) for those that asked."""
+        if not self._num_prompt_logprobs:
+            return []
+        starts = np.cumsum(batch.num_scheduled_tokens) - batch.num_scheduled_tokens
+        last = batch.table.num_prompt_tokens[batch.rows] - 1 - batch.num_computed_tokens
+        counts = np.clip(last, 0, batch.num_scheduled_tokens)
+        return [
+            (row, start, count, self._num_prompt_logprobs[row])
+            for row, start, count in zip(batch.rows.tolist(), starts.tolist(), counts.tolist(), strict=True)
+            if count and row in self._num_prompt_logprobs
+        ]
+
+
+def _set(by_row: dict[int, T], row: int, value: T | None) -> None:
+    if value is None:
+        by_row.pop(row, None)
+    else:
+        by_row[row] = value
 
 
 def token_ids(batch: SchedulerOutput, batch_indices: Int32Array, positions: Int32Array) -> Int32Array:

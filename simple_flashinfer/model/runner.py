@@ -14,8 +14,8 @@ from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token_ids
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
-from simple_flashinfer.sampling import sample
-from simple_flashinfer.types import EngineDeadError, Int32Array, ModelOutput, SchedulerOutput
+from simple_flashinfer.sampling import gather_logprobs, sample
+from simple_flashinfer.types import EngineDeadError, Int32Array, ModelOutput, SchedulerOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +92,37 @@ class ModelRunner:
         self._inputs.start(batch.new_requests)
         metadata = AttentionMetadata.of(batch)
         ids = token_ids(batch, metadata.batch_indices, metadata.positions)
+        in_prompts = self._inputs.prompt_logprobs(batch)
+        prompt_logits: torch.Tensor | None = None
         if self._graphs is not None and bool(batch.samples.all()) and metadata.num_decodes == len(batch.rows):
             logits = self._graphs.run(metadata, ids)
         else:
             assert self._hook.backend is not None
             self._hook.backend.plan(metadata)
             last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
-            logits = self._logits(ids, metadata.positions, last_tokens)
+            if in_prompts:  # computed in the same pass, behind the logits to draw from
+                inside = np.concatenate([np.arange(start, start + count) for _, start, count, _ in in_prompts])
+                both = self._logits(ids, metadata.positions, np.concatenate([last_tokens, inside]))
+                logits, prompt_logits = both[: len(last_tokens)], both[len(last_tokens) :]
+            else:
+                logits = self._logits(ids, metadata.positions, last_tokens)
+        prompt_logprobs = {} if prompt_logits is None else _prompt_logprobs(batch, prompt_logits, in_prompts)
         if not len(logits):
             # nothing is read back in this step, so nothing waits for the device: the next plan would overwrite the pinned
             # buffer of this one before it was copied
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-            return ModelOutput(np.empty(0, np.int32))
-        drawn = sample(logits, self._inputs.sampling(batch)).cpu().numpy().astype(np.int32)
+            return ModelOutput(np.empty(0, np.int32), prompt_logprobs=prompt_logprobs)
+        tokens = sample(logits, self._inputs.sampling(batch))
+        drawn = tokens.cpu().numpy().astype(np.int32)
         if (drawn < 0).any():
             raise FloatingPointError("the model's logits are not finite")
-        return ModelOutput(drawn)
+        asked = self._inputs.num_logprobs(batch)
+        logprobs = {}
+        if asked:
+            index = torch.tensor(list(asked), device=logits.device)
+            logprobs = dict(zip(asked, gather_logprobs(logits[index], tokens[index], list(asked.values())), strict=True))
+        return ModelOutput(drawn, logprobs, prompt_logprobs)
 
     def _logits(self, ids: Int32Array, positions: Int32Array, rows: np.ndarray) -> torch.Tensor:
         """ids, positions int32 [T], rows [S] indices into them -> logits [S, vocab_size]"""
@@ -120,3 +134,17 @@ class ModelRunner:
 
     def shutdown(self) -> None:
         self._profiler.close()
+
+
+def _prompt_logprobs(
+    batch: SchedulerOutput, logits: torch.Tensor, asked: list[tuple[int, int, int, int]]
+) -> dict[int, list[TokenLogprobs]]:
+    """By row. logits: those of all rows that asked, one after the other."""
+    computed = dict(zip(batch.rows.tolist(), batch.num_computed_tokens.tolist(), strict=True))
+    found, offset = {}, 0
+    for row, _, count, num_top in asked:
+        following = batch.table.token_ids[row, computed[row] + 1 : computed[row] + 1 + count]
+        targets = torch.from_numpy(following.astype(np.int64)).to(logits.device)
+        found[row] = gather_logprobs(logits[offset : offset + count], targets, [num_top] * count)
+        offset += count
+    return found

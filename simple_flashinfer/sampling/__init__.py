@@ -1,5 +1,6 @@
-"""Logits in, tokens out."""
+"""Logits in, tokens and log-probabilities out."""
 
+from simple_flashinfer.sampling.logprobs import gather_logprobs
 from simple_flashinfer.sampling.sampler import SamplingBatch, sample
 
-__all__ = ["SamplingBatch", "sample"]
+__all__ = ["SamplingBatch", "gather_logprobs", "sample"]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from simple_flashinfer.sampling.penalties import PenalisedRow, apply_penalties
+from simple_flashinfer.sampling.processors import ProcessedRow, apply_processors
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -22,7 +22,7 @@ _TOP = 1024  # a top-p threshold is first looked for among so many logits; sorti
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """Parameters of S rows, each [S]. Off is temperature 0 (greedy), top_k 0, top_p 0, min_p 0."""
+    """Parameters of S rows, each [S]. Off is temperature 0 (greedy), top_k 0, top_p 0, min_p 0, typical_p 0."""
 
     temperature: FloatArray
     top_k: npt.NDArray[np.int32]
@@ -30,21 +30,26 @@ class SamplingBatch:
     min_p: FloatArray
     seeds: npt.NDArray[np.uint64]
     positions: npt.NDArray[np.int64]  # of the token to be drawn
-    penalised: list[PenalisedRow] = field(default_factory=list)
+    typical_p: FloatArray
+    processed: list[ProcessedRow] = field(default_factory=list)
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite."""
     logits = logits.float()
-    if batch.penalised:
-        logits = apply_penalties(logits, batch.penalised)
+    if batch.processed:
+        logits = apply_processors(logits, batch.processed)
     best, tokens = logits.max(dim=-1)
     drawn = np.flatnonzero(batch.temperature > 0)
     if len(drawn):
         rows = torch.from_numpy(drawn).to(logits.device)
         shifted = (logits[rows] - best[rows, None]) / _column(batch.temperature[drawn], logits)
-        keep = _keep(shifted, batch, drawn)
-        probs = torch.softmax(shifted, dim=-1) if keep is None else torch.softmax(shifted.masked_fill(~keep, -torch.inf), -1)
+        if (keep := _keep(shifted, batch, drawn)) is not None:
+            shifted = shifted.masked_fill(~keep, -torch.inf)
+        probs = torch.softmax(shifted, dim=-1)
+        typical_p = batch.typical_p[drawn]
+        for index in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
+            probs[index] = _typical(probs[index], float(typical_p[index]))
         cdf = probs.cumsum(dim=-1, dtype=torch.float64)
         uniform = torch.from_numpy(uniforms(batch.seeds[drawn], batch.positions[drawn])).to(logits.device)
         # right=True never picks a token of probability 0: its step of the cumulative distribution is flat
@@ -88,6 +93,18 @@ def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp
         with np.errstate(divide="ignore"):
             limit = torch.maximum(limit, torch.from_numpy(np.log(min_p)).to(logits.device))
     return logits >= limit[:, None]
+
+
+def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
+    """Locally typical sampling (Meister et al., 2022): of [V] probabilities those whose information is nearest to the entropy.
+
+    They are taken in order until they have `mass`; of equal distances all are taken, so that their order does not matter.
+    """
+    information = -probs.log()
+    distance = (information - torch.special.entr(probs).sum()).abs()  # infinite for what has no probability
+    ordered, order = distance.sort(stable=True)
+    count = int((probs[order].cumsum(-1) < mass).sum())
+    return probs * (distance <= ordered[min(count, len(probs) - 1)])
 
 
 def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float64]) -> torch.Tensor:

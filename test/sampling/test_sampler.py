@@ -10,14 +10,15 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
-from simple_flashinfer.sampling import SamplingBatch, sample
-from simple_flashinfer.sampling.penalties import PenalisedRow, apply_penalties
+from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, sample
+from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow, apply_processors
 from simple_flashinfer.sampling.sampler import INVALID_TOKEN, uniforms
 
 
-def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, seeds=None, positions=None, penalised=()):
+def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, typical_p=0.0, seeds=None, positions=None, processed=()):
     def column(value, dtype):
         return np.broadcast_to(np.asarray(value, dtype), (size,)).copy()
 
@@ -26,9 +27,10 @@ def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, seeds=None, posi
         top_k=column(top_k, np.int32),
         top_p=column(top_p, np.float32),
         min_p=column(min_p, np.float32),
+        typical_p=column(typical_p, np.float32),
         seeds=column(np.arange(size) if seeds is None else seeds, np.uint64),
         positions=column(0 if positions is None else positions, np.int64),
-        penalised=list(penalised),
+        processed=list(processed),
     )
 
 
@@ -128,23 +130,64 @@ def test_logits_that_are_not_finite_are_told(bad):
 def test_repetition_penalty_is_hf_s_and_counts_the_prompt():
     logits = torch.randn(1, 40)
     tokens = np.array([3, 3, 5, 7, 7, 7], np.int32)
-    row = PenalisedRow(0, tokens, num_prompt_tokens=3, repetition=1.7, presence=0, frequency=0)
+    row = ProcessedRow(0, tokens, 3, LogitsProcessors(repetition=1.7))
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens[None].astype(np.int64)), logits.clone())
-    torch.testing.assert_close(apply_penalties(logits, [row]), expected)
-    assert (apply_penalties(logits, [row])[0, [3, 5, 7]] < logits[0, [3, 5, 7]]).all(), "a penalty makes less likely"
+    torch.testing.assert_close(apply_processors(logits, [row]), expected)
+    assert (apply_processors(logits, [row])[0, [3, 5, 7]] < logits[0, [3, 5, 7]]).all(), "a penalty makes less likely"
 
 
 def test_presence_and_frequency_count_the_output_alone():
     logits = torch.randn(2, 40)
     tokens = np.array([3, 3, 5, 7, 7, 9], np.int32)
-    row = PenalisedRow(1, tokens, num_prompt_tokens=3, repetition=1, presence=0.5, frequency=0.25)
+    row = ProcessedRow(1, tokens, 3, LogitsProcessors(presence=0.5, frequency=0.25))
     expected = logits.clone()
     expected[1, 7] -= 0.5 + 2 * 0.25
     expected[1, 9] -= 0.5 + 0.25
-    torch.testing.assert_close(apply_penalties(logits, [row]), expected)
+    torch.testing.assert_close(apply_processors(logits, [row]), expected)
 
 
 def test_penalties_count_before_anything_else():
     logits = torch.tensor([[2.0, 1.9, 0.0]])
-    row = PenalisedRow(0, np.array([2, 0], np.int32), num_prompt_tokens=1, repetition=1, presence=0.5, frequency=0)
-    assert sample(logits, batch(1, temperature=0, penalised=[row])).tolist() == [1]
+    row = ProcessedRow(0, np.array([2, 0], np.int32), 1, LogitsProcessors(presence=0.5))
+    assert sample(logits, batch(1, temperature=0, processed=[row])).tolist() == [1]
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.5, 0.95])
+def test_typical_p_keeps_the_tokens_that_transformers_keeps(mass):
+    logits = torch.randn(1, 40) * 3
+    kept = torch.isfinite(TypicalLogitsWarper(mass=mass)(None, logits.clone()))[0]
+    drawn = sample(logits.expand(4000, -1), batch(4000, typical_p=mass)).unique()
+    assert set(drawn.tolist()) <= set(kept.nonzero()[:, 0].tolist())
+    likely = torch.softmax(logits.masked_fill(~kept, -torch.inf), -1)[0] > 0.01
+    assert set(likely.nonzero()[:, 0].tolist()) <= set(drawn.tolist())
+
+
+def test_what_processors_forbid_is_never_drawn():
+    logits = torch.randn(200, 8)
+    tokens = np.array([7, 1, 2], np.int32)  # a prompt of one token, and two of output
+    processors = LogitsProcessors(
+        bias={3: -100.0}, allowed=(3, 4, 5, 6), banned=((1, 2, 4), (2, 5), (1, 6)), min_tokens=3, ending=(0,)
+    )
+    rows = [ProcessedRow(i, tokens, 1, processors) for i in range(200)]
+    # 4 and 5 would complete a bad word; 6 would not, because the token before it is another
+    assert set(sample(logits, batch(200, processed=rows)).tolist()) == {6}
+    late = [ProcessedRow(i, tokens, 1, LogitsProcessors(min_tokens=2, ending=(0,))) for i in range(200)]
+    assert 0 in sample(logits, batch(200, processed=late)).tolist()
+
+
+def test_a_bias_is_added():
+    logits = torch.zeros(1, 5)
+    rows = [ProcessedRow(0, np.array([0], np.int32), 1, LogitsProcessors(bias={2: 1.5, 4: -2.0}))]
+    torch.testing.assert_close(apply_processors(logits, rows), torch.tensor([[0, 0, 1.5, 0, -2.0]]))
+
+
+def test_logprobs_are_the_log_softmax():
+    logits = torch.randn(3, 20)
+    found = gather_logprobs(logits, torch.tensor([4, 9, 0]), [2, 0, 20])
+    for row, (token, entry) in enumerate(zip([4, 9, 0], found, strict=True)):
+        expected = torch.log_softmax(logits[row], -1)
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(expected[token].item(), abs=1e-6)
+        assert entry.rank == (expected > expected[token]).sum() + 1
+    assert [len(entry.top) for entry in found] == [2, 0, 20]
+    assert [token for token, _ in found[2].top] == logits[2].argsort(descending=True).tolist()
