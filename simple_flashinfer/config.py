@@ -97,7 +97,7 @@ class Config:
     )
 
     model: str = _setting(
-        DEMO_MODEL, str, "model", "hub id or local folder of a HuggingFace causal LM; demo is a tiny one built offline"
+        DEMO_MODEL, str, "model", "hub id or local folder of a HuggingFace causal LM; demo is the tiny one that comes along"
     )
     load_format: str = _setting(
         "auto", _choice("auto", "dummy"), "model", "dummy fills random weights in: needs only the model's config.json"

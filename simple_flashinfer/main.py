@@ -91,7 +91,7 @@ def _announce(config: Config, listener: socket.socket) -> None:
     if not ipaddress.ip_address(host).is_loopback and not config.api_key:
         logger.warning("Anyone who reaches this machine can use the model: set --api_key, or --host 127.0.0.1")
     if config.model == DEMO_MODEL:
-        logger.warning("Serving a tiny demo model with random weights: its answers mean nothing. A real one: --model ...")
+        logger.info("Serving the tiny demo model that comes along; a real one: --model HUB_ID_OR_FOLDER")
     shown = "localhost" if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
     logger.info("Listening on http://%s:%d (interactive documentation: /docs)", shown, port)
 

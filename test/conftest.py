@@ -16,8 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from simple_flashinfer.demo.build import build_demo_model
 from test.daemon import Daemon
+from test.random_model import build_random_model
 
 _COMMON = {
     "vocab_size": 512,
@@ -55,31 +55,31 @@ class Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The demo checkpoint: it has a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("models") / "demo"
-    build_demo_model(folder)
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with random weights that has a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    build_random_model(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_model: str) -> Callable[[str], Checkpoint]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, random_model: str) -> Callable[[str], Checkpoint]:
     built: dict[str, Checkpoint] = {}
 
     def build(name: str) -> Checkpoint:
         if name not in built:
-            built[name] = _build(name, tmp_path_factory.mktemp("models") / name, demo_model)
+            built[name] = _build(name, tmp_path_factory.mktemp("models") / name, random_model)
         return built[name]
 
     return build
 
 
-def _build(name: str, folder: Path, demo_model: str) -> Checkpoint:
+def _build(name: str, folder: Path, random_model: str) -> Checkpoint:
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32, attn_implementation="eager").eval()
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / file).write_bytes((Path(demo_model) / file).read_bytes())
+        (folder / file).write_bytes((Path(random_model) / file).read_bytes())
     prompts = [torch.randint(2, 512, (length,)).tolist() for length in PROMPT_LENGTHS]
     expected = []
     for prompt in prompts:
@@ -89,7 +89,7 @@ def _build(name: str, folder: Path, demo_model: str) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def daemon(demo_model: str) -> Iterator[Daemon]:
+def daemon(random_model: str) -> Iterator[Daemon]:
     """The real daemon on a real port, shared by tests that only talk to it."""
-    with Daemon("--model", demo_model, "--served_model_name", "demo", "--torch_dtype", "float32") as running:
+    with Daemon("--model", random_model, "--served_model_name", "demo", "--torch_dtype", "float32") as running:
         yield running

@@ -24,7 +24,7 @@ ALLOWED = {
 # single files that may see more than their room
 EXTRA = {"engine/launch.py": {"model", "attention", "demo"}, "engine/llm.py": {"text"}, "demo/evaluate.py": {"engine"}}
 ONLY_IN = {"flashinfer": {"attention/flashinfer.py"}, "transformers": {
-    "model/loader.py", "model/attention_hook.py", "text/tokenizer.py", "demo/build.py", "demo/tokenizer.py", "demo/train.py",
+    "model/loader.py", "model/attention_hook.py", "text/tokenizer.py", "demo/tokenizer.py", "demo/train.py",
 }}  # fmt: skip
 
 

@@ -6,12 +6,13 @@ python3 -m simple_flashinfer.demo.evaluate FOLDER
 import random
 import sys
 
-from simple_flashinfer.demo.corpus import SKILLS, Conversation, Message, conversation
+from simple_flashinfer.demo.corpus import Conversation, conversation
+from simple_flashinfer.demo.skills import SKILLS, Message
 from simple_flashinfer.demo.tokenizer import answer_text
 from simple_flashinfer.engine.llm import LLM
 from simple_flashinfer.types import SamplingParams
 
-_MEMORIES = {"memory, in a few turns": 0, "memory, after 300 tokens": 300, "memory, after 1,500 tokens": 1450}
+_MEMORIES = {"memory, in a few turns": 0, "memory, after 300 tokens": 300, "memory, after 1,500 tokens": 1250}
 
 
 def cases(count: int) -> dict[str, list[Conversation]]:

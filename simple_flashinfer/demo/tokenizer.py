@@ -4,9 +4,10 @@ import itertools
 import json
 from typing import Any
 
-from simple_flashinfer.demo.corpus import Message, training_conversations
+from simple_flashinfer.demo.corpus import training_conversations
+from simple_flashinfer.demo.skills import Message
 
-VOCABULARY = 2048
+VOCABULARY = 3072
 CHAT_TEMPLATE = """\
 {%- if tools or messages[0].role == 'system' -%}
 <|im_start|>system

@@ -1,5 +1,7 @@
 """The words that the demo model's corpus is made of."""
 
+import random
+
 NAMES = """
 Ada Alan Alice Amir Anna Arun Ben Bella Carl Carla Cho Clara Dan Dora Elif Emil Emma Eric Eva Farah Felix Finn Fiona
 Grace Greta Hana Hugo Ida Igor Ines Ivan Jack Jana Joel Jonas Julia Kai Kara Karim Lara Lena Leo Lina Liu Luca Lucy
@@ -61,3 +63,19 @@ watched
 """.split()
 
 NOUNS = ANIMALS + FOODS + THINGS
+
+_CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+
+
+def made_up(rng: random.Random) -> str:
+    """A word that no list holds: what the user writes is to be copied, not recognised."""
+    syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 3)))
+    return "".join(syllables) + rng.choice(_CONSONANTS)
+
+
+def a_name(rng: random.Random) -> str:
+    return made_up(rng).capitalize() if rng.random() < 0.25 else rng.choice(NAMES)
+
+
+def a_city(rng: random.Random) -> str:
+    return made_up(rng).capitalize() if rng.random() < 0.15 else rng.choice(CITIES)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError
 from simple_flashinfer.core.engine import EngineCore
 from simple_flashinfer.core.scheduler import Scheduler
+from simple_flashinfer.demo import DEMO_FOLDER
 from simple_flashinfer.engine.channel import (
     EXIT_SECONDS,
     EngineEnd,
@@ -33,11 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_model(config: Config) -> str:
-    """The hub id or folder that transformers can read; the demo model is built here when it is not there yet."""
+    """The hub id or folder that transformers can read."""
     if config.model == DEMO_MODEL:
-        from simple_flashinfer.demo.build import ensure_demo_model
-
-        return str(ensure_demo_model())
+        return str(DEMO_FOLDER)
     if config.model.startswith(("/", ".", "~")) and not Path(config.model).expanduser().is_dir():
         raise ConfigError(f"--model {config.model}: there is no such folder")
     return str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model

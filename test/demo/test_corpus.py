@@ -4,8 +4,9 @@ import random
 import pytest
 import torch
 
-from simple_flashinfer.demo.corpus import SKILLS, conversation, is_held_out, training_conversations
+from simple_flashinfer.demo.corpus import conversation, training_conversations
 from simple_flashinfer.demo.evaluate import cases, questions
+from simple_flashinfer.demo.skills import SKILLS, is_held_out
 from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
 from simple_flashinfer.demo.train import CONTEXT, encode, held_out_loss, make_model, train
 
@@ -55,7 +56,7 @@ def test_nothing_that_is_held_out_is_trained_on():
 
 def _keys(skill, held_out):
     rng = random.Random(1)
-    keys = {SKILLS[skill][0](rng).key for _ in range(2000)}
+    keys = {SKILLS[skill](rng).key for _ in range(2000)}
     return {key for key in keys if is_held_out(skill, key) == held_out}
 
 

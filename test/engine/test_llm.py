@@ -6,8 +6,8 @@ from simple_flashinfer.types import FinishReason
 
 
 @pytest.fixture(scope="module")
-def llm(demo_model):
-    return LLM(demo_model, torch_dtype="float32", max_sequence=4)
+def llm(random_model):
+    return LLM(random_model, torch_dtype="float32", max_sequence=4)
 
 
 def test_prompts_as_text_and_as_tokens(llm):

@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=[64, 128], ids=["head_dim 64", "head_dim 128"])
-def model(request, tmp_path_factory, demo_model):
+def model(request, tmp_path_factory, random_model):
     folder = tmp_path_factory.mktemp("gpu")
     torch.manual_seed(request.param)
     config = LlamaConfig(
@@ -25,7 +25,7 @@ def model(request, tmp_path_factory, demo_model):
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     reference.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / file).write_bytes((Path(demo_model) / file).read_bytes())
+        (folder / file).write_bytes((Path(random_model) / file).read_bytes())
     prompts = [torch.randint(3, 2000, (length,)).tolist() for length in (1, 15, 16, 17, 31, 32, 33, 100, 700)]
     return str(folder), reference.cuda(), prompts
 

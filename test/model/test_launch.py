@@ -33,7 +33,7 @@ def write_config(folder, config):
     return str(folder)
 
 
-def test_dummy_weights_need_only_a_config(tmp_path, demo_model):
+def test_dummy_weights_need_only_a_config(tmp_path, random_model):
     path = write_config(tmp_path, LlamaConfig(**_COMMON))
     core, info = build_engine(Config(model=path, load_format="dummy", torch_dtype="bfloat16", max_sequence=3), path)
     assert info.max_model_len == 512
@@ -119,8 +119,8 @@ def test_a_context_longer_than_the_model_s_is_refused(checkpoint):
         build_engine(Config(model=path, max_model_len=513), path)
 
 
-def test_a_model_that_is_no_longer_used_gives_its_memory_back(demo_model):
-    llm = LLM(demo_model)
+def test_a_model_that_is_no_longer_used_gives_its_memory_back(random_model):
+    llm = LLM(random_model)
     backend = weakref.ref(llm.core.executor._hook.backend)
     llm.generate("a", use_tqdm=False)
     del llm
@@ -209,23 +209,23 @@ def flashinfer_llm(monkeypatch, path, **settings):
 
 
 @pytest.mark.parametrize("budget", [7, 2048])
-def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_path, demo_model, budget):
+def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_path, random_model, budget):
     """head_dim 64 and 16 bit, as the kernels need; the same engine on the torch backend says what is right."""
     settings = {"torch_dtype": "float32", "torch_dtype_autocast": "bfloat16", "max_num_batched_tokens": budget}
     prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33, 100)]
-    expected = tokens(LLM(demo_model, **settings), prompts)
-    got = tokens(flashinfer_llm(monkeypatch, demo_model, **settings), prompts)
+    expected = tokens(LLM(random_model, **settings), prompts)
+    got = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts)
     same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
     assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
 
 
-def test_decode_graphs_over_the_stand_in(monkeypatch, demo_model):
+def test_decode_graphs_over_the_stand_in(monkeypatch, random_model):
     """Capturing is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
     prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (30, 12, 25, 30, 3)]
     settings = {"torch_dtype": "bfloat16", "max_sequence": 6}
-    expected = tokens(flashinfer_llm(monkeypatch, demo_model, **settings), prompts, params)
-    llm = flashinfer_llm(monkeypatch, demo_model, **settings)
+    expected = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts, params)
+    llm = flashinfer_llm(monkeypatch, random_model, **settings)
     runner, captured = llm.core.executor, []
 
     def capture(function):
@@ -271,10 +271,10 @@ def test_two_models_in_one_process_do_not_mix(checkpoint):
     assert tokens(llms[1], second.prompts) == second.expected
 
 
-def test_a_loaded_model_keeps_the_checkpoint_s_dtype(demo_model):
-    loaded = load_model(demo_model, Config(model=demo_model), CPU)
+def test_a_loaded_model_keeps_the_checkpoint_s_dtype(random_model):
+    loaded = load_model(random_model, Config(model=random_model), CPU)
     assert next(loaded.model.parameters()).dtype == torch.bfloat16
-    assert loaded.eos_token_ids == (AutoConfig.from_pretrained(demo_model).eos_token_id,)
+    assert loaded.eos_token_ids == (AutoConfig.from_pretrained(random_model).eos_token_id,)
     assert loaded.weight_bytes == sum(p.numel() * 2 for p in loaded.model.parameters()) + sum(
         b.numel() * b.element_size() for b in loaded.model.buffers()
     )

@@ -35,8 +35,8 @@ def test_names_of_the_model(daemon, name):
     assert daemon.post("/v1/chat/completions", {**CHAT, "model": name}).status_code == 200
 
 
-def test_the_path_is_a_name_as_well(daemon, demo_model):
-    assert daemon.post("/chat/completions", {**CHAT, "model": demo_model}).json()["model"] == "demo"
+def test_the_path_is_a_name_as_well(daemon, random_model):
+    assert daemon.post("/chat/completions", {**CHAT, "model": random_model}).json()["model"] == "demo"
 
 
 @pytest.mark.parametrize(

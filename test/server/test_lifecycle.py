@@ -19,8 +19,8 @@ def endless(**more):
     return {"prompt": "go on", "max_tokens": 2000, "ignore_eos": True, "stream": True, **more}
 
 
-def test_api_key(demo_model):
-    with Daemon("--model", demo_model, env={"API_KEY": "sesame"}) as daemon:
+def test_api_key(random_model):
+    with Daemon("--model", random_model, env={"API_KEY": "sesame"}) as daemon:
         assert httpx.get(daemon.url + "/health").status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sesam\xe9".encode("latin1")}):
             response = httpx.post(daemon.url + "/v1/completions", json=PROMPT, headers=headers)
@@ -28,11 +28,11 @@ def test_api_key(demo_model):
             assert response.json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(daemon.url + "/v1/models").status_code == 401
         client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="sesame")
-        assert client.completions.create(model=demo_model, **PROMPT).choices[0].text
+        assert client.completions.create(model=random_model, **PROMPT).choices[0].text
 
 
-def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(demo_model):
-    flags = ["--model", demo_model, "--max_sequence", "2", "--max_waiting", "1"]
+def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(random_model):
+    flags = ["--model", random_model, "--max_sequence", "2", "--max_waiting", "1"]
     with Daemon(*flags) as daemon:
 
         async def scenario():
@@ -54,8 +54,8 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(demo_model):
         assert not any("Traceback" in line for line in daemon.log)
 
 
-def test_who_leaves_the_queue_leaves_nothing_behind(demo_model):
-    with Daemon("--model", demo_model, "--max_sequence", "1") as daemon:
+def test_who_leaves_the_queue_leaves_nothing_behind(random_model):
+    with Daemon("--model", random_model, "--max_sequence", "1") as daemon:
         with httpx.stream("POST", daemon.url + "/v1/completions", json=endless(), timeout=60) as response:
             lines = response.iter_lines()  # kept: httpx hangs up when it is dropped
             next(lines)
@@ -67,8 +67,8 @@ def test_who_leaves_the_queue_leaves_nothing_behind(demo_model):
         daemon.wait_until_idle()
 
 
-def test_the_engine_in_a_process_of_its_own_answers_the_same(demo_model, daemon):
-    flags = ["--model", demo_model, "--torch_dtype", "float32", "--engine_process", "true"]
+def test_the_engine_in_a_process_of_its_own_answers_the_same(random_model, daemon):
+    flags = ["--model", random_model, "--torch_dtype", "float32", "--engine_process", "true"]
     with Daemon(*flags) as other:
         mine, theirs = (d.post("/v1/completions", PROMPT).json()["choices"] for d in (daemon, other))
         assert mine == theirs
@@ -95,8 +95,8 @@ def test_the_engine_in_a_process_of_its_own_answers_the_same(demo_model, daemon)
         assert refused.json()["error"]["code"] == "engine_dead"
 
 
-def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(demo_model):
-    with Daemon("--model", demo_model, "--engine_process", "true") as daemon:
+def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(random_model):
+    with Daemon("--model", random_model, "--engine_process", "true") as daemon:
         url = daemon.url + "/v1/completions"
         with httpx.stream("POST", url, json=endless(max_tokens=200), timeout=30) as response:
             lines = response.iter_lines()
@@ -109,8 +109,8 @@ def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(demo_model):
 
 
 @pytest.mark.parametrize("process", ["true", "false"])
-def test_told_to_stop_it_ends_although_a_client_streams(demo_model, process):
-    daemon = Daemon("--model", demo_model, "--engine_process", process)
+def test_told_to_stop_it_ends_although_a_client_streams(random_model, process):
+    daemon = Daemon("--model", random_model, "--engine_process", process)
     with daemon, httpx.stream("POST", daemon.url + "/v1/completions", json=endless(max_tokens=1900), timeout=30) as response:
         lines = response.iter_lines()
         next(lines)
@@ -122,16 +122,16 @@ def test_told_to_stop_it_ends_although_a_client_streams(demo_model, process):
     assert not any("Traceback" in line for line in daemon.log), "\n".join(daemon.log)
 
 
-def test_a_port_that_is_taken_is_one_sentence(daemon, demo_model):
+def test_a_port_that_is_taken_is_one_sentence(daemon, random_model):
     port = daemon.url.rsplit(":", 1)[1]
-    second = Daemon("--model", demo_model, "--port", port)
+    second = Daemon("--model", random_model, "--port", port)
     assert second.process.wait(60) == 2
     second._reader.join(5)
     assert "can't listen" in second.log[-1]
 
 
-def test_what_the_start_tells(demo_model):
-    with Daemon("--model", demo_model, "--host", "0.0.0.0") as daemon:
+def test_what_the_start_tells(random_model):
+    with Daemon("--model", random_model, "--host", "0.0.0.0") as daemon:
         log = "\n".join(daemon.log)
     for words in (
         "weights on cpu",

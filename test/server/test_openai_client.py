@@ -10,10 +10,10 @@ LENGTH = 20
 
 
 @pytest.fixture(scope="module")
-def expected(demo_model):
+def expected(random_model):
     """(prompt length, text, token ids) of transformers' own greedy answer to MESSAGES."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
+    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
@@ -81,8 +81,8 @@ def test_cached_tokens_are_told(client):
     assert second.usage.prompt_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1) // 16 * 16 > 0
 
 
-def test_completions(client, demo_model):
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+def test_completions(client, random_model):
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
     ids = tokenizer.encode("def main")
     by_text = client.completions.create(model="demo", prompt="def main", temperature=0)
     by_tokens = client.completions.create(model="demo", prompt=ids, temperature=0)
@@ -107,7 +107,7 @@ def test_content_parts_and_developer_say_the_same_as_strings(client):
     assert plain.usage == parts.usage
 
 
-def test_stop_strings_and_stop_tokens(client, expected, demo_model):
+def test_stop_strings_and_stop_tokens(client, expected, random_model):
     _, text, ids = expected
     stop = text[8:11]
     at = text.index(stop)
@@ -124,7 +124,7 @@ def test_stop_strings_and_stop_tokens(client, expected, demo_model):
             assert answer.usage.completion_tokens < LENGTH
         assert (got, reason) == (text[:at], "stop")
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
     answer = client.chat.completions.create(
         model="demo", messages=MESSAGES, temperature=0, max_tokens=LENGTH, extra_body={"stop_token_ids": [ids[4]]}
     )
@@ -144,9 +144,9 @@ def test_seed(client):
     assert len({draw(seed) for seed in range(5)}) > 1
 
 
-def test_ignore_eos_and_an_end_of_sequence(client, demo_model):
+def test_ignore_eos_and_an_end_of_sequence(client, random_model):
     """Every token but the end of sequence is punished away, so a request ends at once, unless it ignores that."""
-    eos = AutoTokenizer.from_pretrained(demo_model).eos_token_id
+    eos = AutoTokenizer.from_pretrained(random_model).eos_token_id
     prompt = [eos] * 4
     ended = client.completions.create(
         model="demo", prompt=prompt, max_tokens=9, temperature=0, extra_body={"repetition_penalty": 0.01}
