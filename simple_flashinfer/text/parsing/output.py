@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class ToolCallDelta:
-    """index: which call of the answer. id, name: complete, on a call's first delta only. arguments: more of its JSON text."""
+    """index: which call of the answer. id, name: complete, on its first delta only. arguments: more of their JSON text."""
 
     index: int
     id: str | None

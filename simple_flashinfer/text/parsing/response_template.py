@@ -70,8 +70,8 @@ class ResponseTemplateParser:
 
     def _take_calls(self, value: Any) -> None:
         calls = value if isinstance(value, list) else [value]
-        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
-        if not all(isinstance(function.get("name"), str) for function in functions) or len(functions) < len(calls):
+        functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
+        if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
             self._out.content("".join(self._unparsed))
             return
         for function in functions:
