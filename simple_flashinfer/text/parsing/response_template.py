@@ -12,15 +12,16 @@ _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 class ResponseTemplateParser:
     """parser: what the tokenizer's `get_response_parser(prefix=prompt, tools=tools)` returns; it wants special tokens shown.
 
-    Content and reasoning stream, a call comes when it is complete. A part that transformers can't parse is content, without
-    its opening marker, and so is all that follows. Characters are fed one by one: what a part is must not depend on how the
-    text was cut, nor may the good parts of a piece be lost for the bad one.
+    Content and reasoning stream, a call comes when it is complete. What transformers can't parse is content, and so is all
+    that follows. Characters are fed one by one: what a part is must not depend on how the text was cut, nor may the good
+    parts of a piece be lost for the bad one.
     """
 
     def __init__(self, parser: Any) -> None:
         self._parser = parser
         self._broken = False
-        self._unparsed: list[str] = []  # text of the part that is being read and can't be shown yet
+        self._marker = ""  # that opened the part which is being read
+        self._unshown: list[str] = []  # text after it that nothing has come of yet
         self._out = Output(openai_id)
 
     def push(self, text: str, final: bool = False) -> ParsedDelta:
@@ -36,10 +37,11 @@ class ResponseTemplateParser:
         return self._out.take()
 
     def _feed(self, char: str) -> None:
+        self._unshown.append(char)
         try:
             events = self._parser.feed(char)
-        except Exception:  # what a template's expressions and transforms raise is up to them
-            self._give_up(char)
+        except Exception:  # what a template's patterns and transforms raise is up to them
+            self._give_up()
         else:
             self._take(events)
 
@@ -47,34 +49,48 @@ class ResponseTemplateParser:
         try:
             _, events = self._parser.finalize()
         except Exception:
-            self._give_up("")
+            self._give_up()
         else:
             self._take(events)
 
-    def _give_up(self, text: str) -> None:
+    def _give_up(self) -> None:
         self._broken = True
-        self._out.content("".join((*self._unparsed, text)))
-        self._unparsed.clear()
+        self._out.content(self._rest())
+
+    def _rest(self) -> str:
+        rest = self._marker + "".join(self._unshown)
+        self._marker = ""
+        self._unshown.clear()
+        return rest
 
     def _take(self, events: list[dict[str, Any]]) -> None:
+        before = ""  # what closes a part may be the marker that opens the next
         for event in events:
-            if event["type"] == "region_chunk" and event["dirty"]:
-                self._unparsed.append(event["text"])
-            elif event["type"] == "region_chunk":
-                give = self._out.reasoning if event["field"] in _REASONING_FIELDS else self._out.content
-                give(event["text"])
+            if event["type"] == "region_open":
+                self._marker = before + self._rest()
+            elif event["type"] == "region_chunk" and not event["dirty"]:
+                self._show(event["field"], event["text"])
             elif event["type"] == "region_close":
-                if event["field"] == "tool_calls":
-                    self._take_calls(event["value"])
-                self._unparsed.clear()
+                before = self._rest()
+                if event["field"] == "tool_calls" and not self._take_calls(event["value"]):
+                    self._out.content(before)
 
-    def _take_calls(self, value: Any) -> None:
+    def _show(self, field: str, text: str) -> None:
+        (self._out.reasoning if field in _REASONING_FIELDS else self._out.content)(text)
+        self._marker = ""
+        self._unshown = list("".join(self._unshown).removeprefix(text))
+
+    def _take_calls(self, value: Any) -> bool:
+        """False if they have not the shape that chat templates know."""
         calls = value if isinstance(value, list) else [value]
-        functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
-        if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-            self._out.content("".join(self._unparsed))
-            return
+        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+        functions = [
+            function for function in functions if isinstance(function, dict) and isinstance(function.get("name"), str)
+        ]
+        if len(functions) < len(calls):
+            return False
         for function in functions:
             arguments = function.get("arguments") or {}
             self._out.begin_call(function["name"])
             self._out.arguments(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+        return True
