@@ -120,7 +120,8 @@ def test_white_space_is_bounded():
 @settings(deadline=None, max_examples=40)
 @given(city=st.text(st.characters(exclude_categories=["Cs"])), days=st.integers(-(10**6), 10**6))
 def test_any_arguments(city, days):
-    arguments = json.dumps({"city": city, "days": days}, ensure_ascii=False).replace("\x7f", "\\u007f")
+    arguments = json.dumps({"city": city, "days": days}, ensure_ascii=False)
+    arguments = arguments.replace("\x7f", "\\u007f")  # a control character to llguidance, but not to json
     assert accepts(call_grammar("hermes", TOOLS), hermes(arguments))
 
 

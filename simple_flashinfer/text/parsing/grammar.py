@@ -1,4 +1,8 @@
-"""Grammars that leave a model no choice but to call tools, in Lark as llguidance reads it."""
+"""Grammars that leave a model no choice but to call tools, in Lark as llguidance reads it.
+
+llguidance has its own ways with JSON: properties of an object come in the order of the schema, and in strings only control
+characters may be escaped as \\u....; it refuses grammars with schemas that it cannot express, as patterns that look ahead.
+"""
 
 import json
 import re
