@@ -24,6 +24,16 @@ class FinishReason(StrEnum):
 # They are looked at for each token, some of them for the whole batch: what one request brings must not slow others down.
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 32, 256, 128
 
+# What a grammar may cost, by llguidance's names: the same when it is checked as when it runs. States take 1 to 2 KiB each.
+GRAMMAR_LIMITS: dict[str, int | bool] = {
+    "initial_lexer_fuel": 1_000_000,  # while it is compiled; 50,000 a ms
+    "max_grammar_size": 200_000,
+    "max_lexer_states": 50_000,
+    "step_lexer_fuel": 200_000,  # for one mask; 14,000 a ms
+    "step_max_items": 50_000,
+    "verbose_errors": False,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
