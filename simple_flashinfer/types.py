@@ -6,6 +6,7 @@ Sizes in the comments: R scheduled requests, T scheduled tokens, S sampled token
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ class FinishReason(StrEnum):
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 32, 256, 128
 
 # What a grammar may cost, by llguidance's names: the same when it is checked as when it runs. States take 1 to 2 KiB each.
-GRAMMAR_LIMITS: dict[str, int | bool] = {
+GRAMMAR_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # while it is compiled; 50,000 a ms
     "max_grammar_size": 200_000,
     "max_lexer_states": 50_000,

@@ -1,8 +1,8 @@
 """Which tokens a grammar allows next, as bit masks over the vocabulary; by llguidance.
 
 A grammar is compiled once, in a thread, and kept; each request that uses it gets a copy of the matcher. Masks are made in
-threads too (the library lets go of the GIL), while the model runs. A `GrammarState` follows from the grammar and the request's
-output tokens alone: one that is started anew after a preemption, or asked twice in a step, ends up the same.
+threads too (the library lets go of the GIL), while the model runs. A `GrammarState` follows from the grammar and the
+request's output tokens alone: one that is started anew after a preemption, or asked twice in a step, ends up the same.
 
 Nothing here raises for a grammar or for a token. What goes wrong is in `GrammarState.error`; from then on the state allows
 end-of-sequence tokens only, and the engine is to end that request with the error.
@@ -161,7 +161,7 @@ class Grammars:
         return GrammarState(self._vocabulary, compiled)
 
     def masks(self, rows: Sequence[tuple[GrammarState, Int32Array]]) -> "list[Future[list[Int32Array]]]":
-        """Syncs each state, all of them ready, with its request's output tokens: the masks [W], in order, in several lists.
+        """Syncs each state, all of them ready and without error, with its request's output tokens: the masks [W], in order, in several lists.
 
         The token arrays are read until the futures are done: a view of the RequestTable is one that `update` must not change
         before.

@@ -5,8 +5,8 @@ schema; at most 32 whitespace characters stand between two tokens (models are kn
 library can't enforce is refused, never ignored. A keyword that no draft knows is an annotation, as the specification says.
 
 llguidance ends most hostile input by its own limits. The limits here are for what was measured to get past them: optional
-properties of one object cost time by their square, and alternatives that are multiples of different numbers an automaton with
-the product of the numbers as states.
+properties of one object cost time by their square, and alternatives that are multiples of different numbers an automaton
+with the product of the numbers as states.
 """
 
 import json
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from simple_flashinfer.types import GRAMMAR_LIMITS
@@ -61,7 +62,7 @@ def json_object_grammar() -> str:
 
 
 def regex_grammar(pattern: str) -> str:
-    """The whole output matches. Rust's syntax: no look-around and no back-references; ^ and $ around the whole are allowed."""
+    """The whole output matches, as if between ^ and $. Rust's syntax: no look-around, word boundaries or back-references."""
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_regex(pattern)
@@ -71,6 +72,7 @@ def choice_grammar(options: Sequence[str]) -> str:
     """The output is one of these texts."""
     if not options or not all(options):
         raise GrammarError("a choice needs at least one option, and none may be empty")
+
     def literal(text: str) -> str:
         return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 
@@ -85,17 +87,44 @@ def lark_grammar(text: str) -> str:
 
 
 def check_grammar(grammar: str) -> None:
-    """Raises GrammarError for what the engine could not enforce. Takes a second at most, and lets other threads run."""
+    """Raises GrammarError for what the engine could not enforce. Takes a second at most, and lets other threads run.
+
+    Compiles for a vocabulary of single bytes, and makes the first mask: that finds what no output can match.
+    """
     from llguidance import LLMatcher, LLParserLimits
 
     if len(grammar) > MAX_GRAMMAR_LENGTH:
         raise GrammarError(f"the grammar may have {MAX_GRAMMAR_LENGTH} characters at most, not {len(grammar)}")
     try:
-        _, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LLParserLimits(**GRAMMAR_LIMITS))
-    except (ValueError, UnicodeError) as error:  # lone surrogates
+        matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+    except ValueError as error:  # also what is no Unicode
         raise GrammarError(str(error)) from error
-    if messages:
-        raise GrammarError(messages[0].split("\n<")[0].strip())
+    message = matcher.get_error().split("\n<")[0].strip()
+    if message.startswith("NoExtension"):
+        message = "no output matches the grammar"
+    if message or (warnings := matcher.get_grammar_warnings()):
+        raise GrammarError(message or "; ".join(warnings))
+
+
+class _Bytes:
+    """What llguidance asks of a tokenizer: 256 bytes, and a token for the end."""
+
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<|end|>")
+    eos_token_id = 256
+    bos_token_id = None
+    special_token_ids = (256,)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@cache
+def _byte_tokenizer() -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
 
 
 def _check_depth(schema: Any) -> None:
