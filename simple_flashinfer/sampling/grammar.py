@@ -161,7 +161,7 @@ class Grammars:
         return GrammarState(self._vocabulary, compiled)
 
     def masks(self, rows: Sequence[tuple[GrammarState, Int32Array]]) -> "list[Future[list[Int32Array]]]":
-        """Syncs each state, all of them ready and without error, with its request's output tokens: the masks [W], in order, in several lists.
+        """Syncs states, all of them ready and without error, with their requests' output tokens: masks [W], in order, in several lists.
 
         The token arrays are read until the futures are done: a view of the RequestTable is one that `update` must not change
         before.

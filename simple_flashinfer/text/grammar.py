@@ -22,6 +22,7 @@ from simple_flashinfer.types import GRAMMAR_LIMITS
 MAX_GRAMMAR_LENGTH = 256 * 1024  # characters
 MAX_DEPTH = 64  # of the schema as JSON; the library's parser ends at 128
 MAX_ENTRIES = 1_000  # properties of one object, alternatives at one place
+MAX_PROPERTIES = 5_000  # of all objects
 MAX_MULTIPLES = 10_000  # product of the multipleOf values
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -142,7 +143,8 @@ def _check_depth(schema: Any) -> None:
 
 
 def _check_schemas(schema: Any) -> None:
-    multiples = set()
+    multiples: set[int] = set()
+    num_properties = 0
     for path, part in _schemas(schema, "#"):
         for keyword in _FOREIGN:
             if keyword in part:
@@ -151,6 +153,10 @@ def _check_schemas(schema: Any) -> None:
             value = part.get(keyword)
             if isinstance(value, dict | list) and len(value) > MAX_ENTRIES:
                 raise GrammarError(f"{path}/{keyword}: {MAX_ENTRIES} entries at most, not {len(value)}")
+        if isinstance(properties := part.get("properties"), dict):
+            num_properties += len(properties)
+            if num_properties > MAX_PROPERTIES:
+                raise GrammarError(f"{path}/properties: {MAX_PROPERTIES} properties at most, of all objects together")
         multiple = part.get("multipleOf")
         if isinstance(multiple, int | float) and not isinstance(multiple, bool) and math.isfinite(multiple):
             multiples.add(int("".join(map(str, Decimal(str(multiple)).normalize().as_tuple().digits))) or 1)
