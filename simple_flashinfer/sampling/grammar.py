@@ -161,10 +161,10 @@ class Grammars:
         return GrammarState(self._vocabulary, compiled)
 
     def masks(self, rows: Sequence[tuple[GrammarState, Int32Array]]) -> "list[Future[list[Int32Array]]]":
-        """Syncs states, all of them ready and without error, with their requests' output tokens: masks [W], in order, in several lists.
+        """Syncs each state with its request's output tokens; its mask [W]. In the order of `rows`, in one list or several.
 
-        The token arrays are read until the futures are done: a view of the RequestTable is one that `update` must not change
-        before.
+        All states are ready and without error. Token arrays are read until the futures are done: where they are views of
+        the RequestTable, `update` must wait.
         """
         size = max(-(-len(rows) // self._num_threads), 8)  # less is not worth waking a thread
         return [self._mask_pool.submit(_masks, rows[at : at + size]) for at in range(0, len(rows), size)]

@@ -5,8 +5,8 @@ schema; at most 32 whitespace characters stand between two tokens (models are kn
 library can't enforce is refused, never ignored. A keyword that no draft knows is an annotation, as the specification says.
 
 llguidance ends most hostile input by its own limits. The limits here are for what was measured to get past them: optional
-properties of one object cost time by their square, and alternatives that are multiples of different numbers an automaton
-with the product of the numbers as states.
+properties of one object, and patternProperties, cost time by their square; alternatives that are multiples of different
+numbers make an automaton with the product of the numbers as states.
 """
 
 import json
@@ -22,7 +22,8 @@ from simple_flashinfer.types import GRAMMAR_LIMITS
 MAX_GRAMMAR_LENGTH = 256 * 1024  # characters
 MAX_DEPTH = 64  # of the schema as JSON; the library's parser ends at 128
 MAX_ENTRIES = 1_000  # properties of one object, alternatives at one place
-MAX_PROPERTIES = 5_000  # of all objects
+MAX_PROPERTIES = 2_000  # of all objects
+MAX_PATTERNS = 64  # patternProperties of all objects
 MAX_MULTIPLES = 10_000  # product of the multipleOf values
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -144,19 +145,20 @@ def _check_depth(schema: Any) -> None:
 
 def _check_schemas(schema: Any) -> None:
     multiples: set[int] = set()
-    num_properties = 0
+    counts = {"properties": 0, "patternProperties": 0}
     for path, part in _schemas(schema, "#"):
         for keyword in _FOREIGN:
             if keyword in part:
                 raise GrammarError(f"{path}: {keyword} is not supported")
-        for keyword in ("properties", "patternProperties", "required", "anyOf", "oneOf", "allOf", "prefixItems"):
+        for keyword in ("properties", "required", "anyOf", "oneOf", "allOf", "prefixItems"):
             value = part.get(keyword)
             if isinstance(value, dict | list) and len(value) > MAX_ENTRIES:
                 raise GrammarError(f"{path}/{keyword}: {MAX_ENTRIES} entries at most, not {len(value)}")
-        if isinstance(properties := part.get("properties"), dict):
-            num_properties += len(properties)
-            if num_properties > MAX_PROPERTIES:
-                raise GrammarError(f"{path}/properties: {MAX_PROPERTIES} properties at most, of all objects together")
+        for keyword, limit in (("properties", MAX_PROPERTIES), ("patternProperties", MAX_PATTERNS)):
+            if isinstance(part.get(keyword), dict):
+                counts[keyword] += len(part[keyword])
+            if counts[keyword] > limit:
+                raise GrammarError(f"{path}/{keyword}: {limit} at most, of all objects together")
         multiple = part.get("multipleOf")
         if isinstance(multiple, int | float) and not isinstance(multiple, bool) and math.isfinite(multiple):
             multiples.add(int("".join(map(str, Decimal(str(multiple)).normalize().as_tuple().digits))) or 1)
