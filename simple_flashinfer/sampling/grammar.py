@@ -21,6 +21,8 @@ from simple_flashinfer.types import GRAMMAR_LIMITS, Int32Array
 
 _COMPILE_SECONDS = 10.0  # a grammar that takes longer is given up; those that were checked take one
 
+_TRIAL_STEPS = 3
+
 
 class GrammarVocabulary:
     """What llguidance must know of the tokenizer; W below is `words`, ceil(vocab_size / 32).
@@ -177,9 +179,20 @@ class Grammars:
 def _compile(vocabulary: "Future[GrammarVocabulary]", grammar: str) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(vocabulary.result().tokenizer, grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
-    if matcher.is_error():
-        raise ValueError("the grammar failed: " + matcher.get_error().split("\n")[0])
+    known = vocabulary.result()
+    matcher = LLMatcher(known.tokenizer, grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+    # A few steps of one output: a grammar that runs into a limit mostly does so here, where no request waits for its mask.
+    trial = matcher.deep_copy()
+    for _ in range(_TRIAL_STEPS):
+        if trial.is_stopped():
+            break
+        allowed = np.flatnonzero(np.unpackbits(known.mask(trial).view(np.uint8), bitorder="little"))
+        allowed = allowed[~np.isin(allowed, list(known.eos_token_ids))]
+        if not len(allowed):
+            break
+        trial.consume_token(int(allowed[len(allowed) // 2]))
+    if trial.is_error():
+        raise ValueError("the grammar failed: " + trial.get_error().split("\n")[0])
     return matcher
 
 

@@ -225,6 +225,12 @@ def test_a_grammar_that_fails_is_an_error_of_its_request(grammars, grammar):
     assert started(grammars, regex_grammar("a")).error is None
 
 
+def test_a_grammar_beyond_the_limits_fails_before_a_request_waits_for_its_mask(grammars):
+    start = time.process_time()
+    assert "limit" in started(grammars, lark_grammar('start: s\ns: s s | s s s | "a" | "b"?')).error
+    assert time.process_time() - start < 2
+
+
 def test_hostile_patterns_end_by_themselves(grammars, vocabulary):
     for pattern in ("^(a{1,1000}){1,1000}$", "^(.*a.{20}){9}$", "^([a-z]+[0-9]*)*(x|y|z){5,3000}[^a]{1,500}$"):
         start = time.process_time()
