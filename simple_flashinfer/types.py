@@ -6,6 +6,7 @@ Sizes in the comments: R scheduled requests, T scheduled tokens, S sampled token
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,16 @@ class FinishReason(StrEnum):
 # They are looked at for each token, some of them for the whole batch: what one request brings must not slow others down.
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 32, 256, 128
 MAX_LOGPROBS, MAX_LOGIT_BIAS, MAX_BAD_WORDS, MAX_ALLOWED_TOKENS = 20, 1024, 128, 65536
+
+# What a grammar may cost, by llguidance's names: the same when it is checked as when it runs. States take 1 to 2 KiB each.
+GRAMMAR_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,  # while it is compiled; 50,000 a ms
+    "max_grammar_size": 200_000,
+    "max_lexer_states": 50_000,
+    "step_lexer_fuel": 200_000,  # for one mask; 14,000 a ms
+    "step_max_items": 50_000,
+    "verbose_errors": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class SamplingParams:
         logit_bias: (token id, number added to its logit).
         allowed_token_ids: no others are drawn; empty allows all.
         bad_words: texts that the output shall not contain, as far as single tokens can tell.
-        logprobs: how many of the likeliest tokens to report beside each drawn one; None reports nothing, 0 the drawn one only.
+        logprobs: how many of the likeliest tokens to report with each drawn one; None: nothing, 0: the drawn one.
         prompt_logprobs: the same for the prompt's tokens.
         grammar: what the output must be, in the form that the grammar library reads; empty is anything.
         priority: smaller numbers leave the queue first.
@@ -213,7 +224,7 @@ class ModelOutput:
     Attributes:
         token_ids: int32 [S], one for each row with `samples` set, in the order of `SchedulerOutput.rows`.
         logprobs: for those of them that asked, by index into token_ids.
-        prompt_logprobs: for rows that asked, by row: of the tokens that follow the ones computed in this step, in the prompt.
+        prompt_logprobs: for rows that asked, by row: of the prompt's tokens that follow those of this step.
     """
 
     token_ids: Int32Array

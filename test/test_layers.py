@@ -25,7 +25,8 @@ ALLOWED = {
 EXTRA = {"engine/launch.py": {"model", "attention", "demo"}, "engine/llm.py": {"text"}, "demo/evaluate.py": {"engine"}}
 ONLY_IN = {"flashinfer": {"attention/flashinfer.py"}, "transformers": {
     "model/loader.py", "model/attention_hook.py", "text/tokenizer.py", "demo/tokenizer.py", "demo/train.py",
-}}  # fmt: skip
+    "sampling/grammar.py",
+}, "llguidance": {"sampling/grammar.py", "text/grammar.py"}}  # fmt: skip
 
 
 def modules():

@@ -15,7 +15,8 @@ from simple_flashinfer.types import EngineRequest, Int32Array, SchedulerOutput
 
 T = TypeVar("T")
 _PER_ROW = {
-    "temperature": np.float32, "top_k": np.int32, "top_p": np.float64, "min_p": np.float32, "typical_p": np.float32, "seeds": np.uint64,
+    "temperature": np.float32, "top_k": np.int32, "top_p": np.float64, "min_p": np.float32, "typical_p": np.float32,
+    "seeds": np.uint64,
 }  # fmt: skip
 
 
@@ -72,8 +73,9 @@ class InputBatch:
         return {index: self._num_logprobs[row] for index, row in enumerate(rows) if row in self._num_logprobs}
 
     def prompt_logprobs(self, batch: SchedulerOutput) -> list[tuple[int, int, int, int]]:
-        """(row, index of its first token in the step's flat tokens, how many of its tokens a prompt's token follows, how many
-        of the likeliest to report) for those that asked."""
+        """For those that asked: row, index of its first token in the step's flat tokens, how many of its tokens are followed
+        by one of the prompt, how many of the likeliest to report.
+        """
         if not self._num_prompt_logprobs:
             return []
         starts = np.cumsum(batch.num_scheduled_tokens) - batch.num_scheduled_tokens

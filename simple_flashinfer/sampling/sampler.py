@@ -96,7 +96,7 @@ def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp
 
 
 def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
-    """Locally typical sampling (Meister et al., 2022): of [V] probabilities those whose information is nearest to the entropy.
+    """Locally typical sampling (Meister et al., 2022): of [V] probabilities those with information nearest to the entropy.
 
     They are taken in order until they have `mass`; of equal distances all are taken, so that their order does not matter.
     """
@@ -104,7 +104,8 @@ def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
     distance = (information - torch.special.entr(probs).sum()).abs()  # infinite for what has no probability
     ordered, order = distance.sort(stable=True)
     count = int((probs[order].cumsum(-1) < mass).sum())
-    return probs * (distance <= ordered[min(count, len(probs) - 1)])
+    kept: torch.Tensor = distance <= ordered[min(count, len(probs) - 1)]
+    return probs * kept
 
 
 def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float64]) -> torch.Tensor:
