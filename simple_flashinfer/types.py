@@ -276,5 +276,13 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
 
 
+class RequestFailedError(RuntimeError):
+    """One request can't go on, and the step was not taken; without it the step can be tried again. The message is for it."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
 class EngineDeadError(RuntimeError):
     """The engine loop ended by a failure that it can't survive; only a restart helps."""

@@ -4,12 +4,14 @@ Sampling parameters are kept one array each with a place for every row, so that 
 operation, however many requests it has.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from simple_flashinfer.sampling import SamplingBatch
+from simple_flashinfer.sampling.grammar import GrammarState
 from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow
 from simple_flashinfer.types import EngineRequest, Int32Array, SchedulerOutput
 
@@ -26,8 +28,10 @@ class InputBatch:
         self._processors: dict[int, LogitsProcessors] = {}
         self._num_logprobs: dict[int, int] = {}  # by row, for those that asked
         self._num_prompt_logprobs: dict[int, int] = {}
+        self._grammars: dict[int, GrammarState] = {}
+        self.request_ids: dict[int, str] = {}  # by row
 
-    def start(self, new_requests: list[tuple[int, EngineRequest]]) -> None:
+    def start(self, new_requests: list[tuple[int, EngineRequest]], start_grammar: Callable[[str], GrammarState]) -> None:
         """Rows that have another request than before."""
         for row, request in new_requests:
             params = request.params
@@ -42,6 +46,8 @@ class InputBatch:
             for name, value in values.items():
                 self._columns[name][row] = value
             _set(self._processors, row, LogitsProcessors.of(request))
+            _set(self._grammars, row, start_grammar(params.grammar) if params.grammar else None)
+            self.request_ids[row] = request.request_id
             _set(self._num_logprobs, row, params.logprobs)
             _set(self._num_prompt_logprobs, row, params.prompt_logprobs)
 
@@ -64,6 +70,17 @@ class InputBatch:
             if self._processors
             else [],
         )
+
+    def grammars(self, batch: SchedulerOutput) -> dict[int, tuple[GrammarState, Int32Array]]:
+        """State and output so far, by index into the sampled rows that have a grammar."""
+        if not self._grammars:
+            return {}
+        table, rows = batch.table, batch.rows[batch.samples].tolist()
+        return {
+            index: (self._grammars[row], table.token_ids[row, table.num_prompt_tokens[row] : table.num_tokens[row]])
+            for index, row in enumerate(rows)
+            if row in self._grammars
+        }
 
     def num_logprobs(self, batch: SchedulerOutput) -> dict[int, int]:
         """How many of the likeliest tokens to report, by index into the sampled rows that asked."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from simple_flashinfer.attention import UnsupportedLayerError
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.model.kv_storage import available_memory, gib
+from simple_flashinfer.sampling.grammar import GrammarVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ class LoadedModel:
     weight_bytes: int
     max_model_len: int  # what the model was made for
     eos_token_ids: tuple[int, ...]
+    path: str
+
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        return GrammarVocabulary.load(self.path, int(self.text_config.vocab_size), self.eos_token_ids)
 
 
 def resolve_device(config: Config) -> torch.device:
@@ -67,6 +72,7 @@ def load_model(path: str, config: Config, device: torch.device) -> LoadedModel:
         weight_bytes=weight_bytes,
         max_model_len=_max_model_len(text_config),
         eos_token_ids=_eos_token_ids(generation_config, text_config),
+        path=path,
     )
 
 

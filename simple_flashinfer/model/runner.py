@@ -15,7 +15,16 @@ from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
 from simple_flashinfer.sampling import gather_logprobs, sample
-from simple_flashinfer.types import EngineDeadError, Int32Array, ModelOutput, SchedulerOutput, TokenLogprobs
+from simple_flashinfer.sampling.grammar import Grammars, GrammarState, apply_bitmask
+from simple_flashinfer.types import (
+    EngineDeadError,
+    EngineRequest,
+    Int32Array,
+    ModelOutput,
+    RequestFailedError,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +47,7 @@ class ModelRunner:
         self._hook = AttentionHook(loaded.model)
         self._graphs: DecodeGraphs | None = None
         self._inputs = InputBatch(max_num_seqs)
+        self._grammars = Grammars(loaded.grammar_vocabulary)
         self._profiler = StepProfiler(enabled=profile)
 
     # -- setting up ------------------------------------------------------------------------------------------------
@@ -89,7 +99,9 @@ class ModelRunner:
         return future
 
     def _execute(self, batch: SchedulerOutput) -> ModelOutput:
-        self._inputs.start(batch.new_requests)
+        self._inputs.start(batch.new_requests, self._grammars.start)
+        constrained = self._inputs.grammars(batch)
+        masks = self._grammars.masks(list(constrained.values()))  # made while the model runs
         metadata = AttentionMetadata.of(batch)
         ids = token_ids(batch, metadata.batch_indices, metadata.positions)
         in_prompts = self._inputs.prompt_logprobs(batch)
@@ -113,15 +125,30 @@ class ModelRunner:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             return ModelOutput(np.empty(0, np.int32), prompt_logprobs=prompt_logprobs)
+        sampled_rows = batch.rows[batch.samples]
+        finite = logits
+        if constrained:
+            words = [mask for future in masks for mask in future.result()]
+            for index, (state, _) in constrained.items():
+                if state.error is not None:
+                    raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[index])], state.error)
+            logits = apply_bitmask(logits, list(constrained), words)
         tokens = sample(logits, self._inputs.sampling(batch))
         drawn = tokens.cpu().numpy().astype(np.int32)
         if (drawn < 0).any():
-            raise FloatingPointError("the model's logits are not finite")
+            failed = int(np.flatnonzero(drawn < 0)[0])
+            # reading the row again costs nothing that matters: the request ends here
+            reason = (
+                "all tokens are forbidden by what the request asks"
+                if bool(torch.isfinite(finite[failed]).any())
+                else "the model's logits are not finite"
+            )
+            raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[failed])], reason)
         asked = self._inputs.num_logprobs(batch)
         logprobs = {}
         if asked:
             index = torch.tensor(list(asked), device=logits.device)
-            logprobs = dict(zip(asked, gather_logprobs(logits[index], tokens[index], list(asked.values())), strict=True))
+            logprobs = dict(zip(asked, gather_logprobs(finite[index], tokens[index], list(asked.values())), strict=True))
         return ModelOutput(drawn, logprobs, prompt_logprobs)
 
     def _logits(self, ids: Int32Array, positions: Int32Array, rows: np.ndarray) -> torch.Tensor:
@@ -132,7 +159,11 @@ class ModelRunner:
         output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         return output.logits[0]  # type: ignore[no-any-return]
 
+    def prepare(self, request: EngineRequest) -> GrammarState:
+        return self._grammars.start(request.params.grammar)
+
     def shutdown(self) -> None:
+        self._grammars.shutdown()
         self._profiler.close()
 
 
@@ -141,7 +172,8 @@ def _prompt_logprobs(
 ) -> dict[int, list[TokenLogprobs]]:
     """By row. logits: those of all rows that asked, one after the other."""
     computed = dict(zip(batch.rows.tolist(), batch.num_computed_tokens.tolist(), strict=True))
-    found, offset = {}, 0
+    found: dict[int, list[TokenLogprobs]] = {}
+    offset = 0
     for row, _, count, num_top in asked:
         following = batch.table.token_ids[row, computed[row] + 1 : computed[row] + 1 + count]
         targets = torch.from_numpy(following.astype(np.int64)).to(logits.device)

@@ -50,7 +50,9 @@ class GrammarVocabulary:
         """From the model's folder."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path), vocab_size, eos_token_ids)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return cls(tokenizer, vocab_size, [*eos_token_ids, *own])
 
     def mask(self, matcher: Any) -> Int32Array:
         """int32 [W]; bit i of word w is token 32 w + i."""
