@@ -77,6 +77,8 @@ def _setting(default: Any, parse: Callable[[str], Any], group: str, help: str, s
     return field(default=default, metadata={"parse": parse, "group": group, "help": help, "show": show})
 
 
+TOOL_CALL_PARSERS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek")
+REASONING_PARSERS = ("think", "mistral")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -113,6 +115,15 @@ class Config:
     max_model_len: int | None = _setting(
         None, _number(int, 1, auto=True), "model", "longest prompt + output of one request, in tokens", "the model's"
     )
+
+    tool_call_parser: str = _setting(
+        "auto", _choice("auto", "none", *TOOL_CALL_PARSERS), "model",
+        f"format of the model's tool calls: {', '.join(TOOL_CALL_PARSERS)} or none; auto goes by its chat template",
+    )  # fmt: skip
+    reasoning_parser: str = _setting(
+        "auto", _choice("auto", "none", *REASONING_PARSERS), "model",
+        f"format of the model's reasoning: {', '.join(REASONING_PARSERS)} or none; auto goes by vocabulary and template",
+    )  # fmt: skip
 
     microsleep: float = _setting(
         1e-4, _number(float, 0, 1), "batching",

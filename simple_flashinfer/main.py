@@ -44,7 +44,9 @@ def run(config: Config) -> None:
 
     path = resolve_model(config)
     start = time.perf_counter()
-    tokenizer = Tokenizer(path)  # before the model: it is quick to find out that there is none
+    tokenizer = Tokenizer(
+        path, config.tool_call_parser, config.reasoning_parser
+    )  # before the model: it is quick to find out that there is none
     logger.info("Tokenizer ready in %.1f s, most of it the import of transformers", time.perf_counter() - start)
     channel, info = start_engine(config, path)
     service = Service(

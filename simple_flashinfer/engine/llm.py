@@ -77,7 +77,7 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request = self._requests.make(ids, sampling_params or SamplingParams())
         output = RequestOutput(request.request_id, ids, [])
-        self._unfinished[request.request_id] = _Unfinished(output, self.tokenizer.detokenizer(request.params.stop))
+        self._unfinished[request.request_id] = _Unfinished(output, self.tokenizer.detokenizer(request.params))
         self.core.apply([Add(request)])
         return request.request_id
 

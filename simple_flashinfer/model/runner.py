@@ -129,9 +129,9 @@ class ModelRunner:
         finite = logits
         if constrained:
             words = [mask for future in masks for mask in future.result()]
-            for index, (state, _) in constrained.items():
+            for at, (state, _) in constrained.items():
                 if state.error is not None:
-                    raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[index])], state.error)
+                    raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[at])], state.error)
             logits = apply_bitmask(logits, list(constrained), words)
         tokens = sample(logits, self._inputs.sampling(batch))
         drawn = tokens.cpu().numpy().astype(np.int32)

@@ -1,42 +1,45 @@
 """POST /v1/chat/completions"""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from simple_flashinfer.server.respond import respond
-from simple_flashinfer.server.schemas import ChatCompletionRequest
-from simple_flashinfer.server.service import service_of
+from simple_flashinfer.server.choices import ChatChoice
+from simple_flashinfer.server.respond import Answer, Wording, respond
+from simple_flashinfer.server.schemas import ChatCompletionRequest, NamedTool
+from simple_flashinfer.server.service import Service, service_of
+from simple_flashinfer.server.structured import forced_call, structured_answer
 
 router = APIRouter()
+_WORDING = Wording("chatcmpl-", "chat.completion", "chat.completion.chunk")
 
 
-class _ChatWording:
-    id_prefix = "chatcmpl-"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def opening(self) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-
-_WORDING = _ChatWording()
+async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[Answer]:
+    """What the engine is to do, and how its output is to be read. Raises a 400 for what can't be done."""
+    service.check_model(body.model)
+    body.refuse_unsupported()
+    service.engine.check_ready(body.n or 1)
+    messages, tools, forced = body.template_messages(), body.active_tools(), body.forced_tools()
+    prompt = await service.render(messages, tools, **body.template_kwargs())
+    if forced:
+        grammar = await forced_call(service, prompt, forced, parallel=body.parallel_tool_calls is not False, body=body)
+    else:
+        grammar = await structured_answer(service, prompt, body)
+    token_ids = await service.tokenize(prompt, add_special_tokens=False, param="messages")
+    answers = []
+    for index, request in enumerate(service.engine_requests(token_ids, body, "messages", grammar)):
+        parser, shown = service.tokenizer.output_parser(prompt, tools)
+        choice = ChatChoice(
+            service.tokenizer,
+            parser,
+            tool_named=isinstance(body.tool_choice, NamedTool),
+            token_ids=bool(body.return_token_ids),
+        )
+        answers.append(Answer(request, choice, leader=index == 0, shown=shown))
+    return answers
 
 
 @router.post("/v1/chat/completions")
 @router.post("/chat/completions", include_in_schema=False)
 async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
     service = service_of(http)
-    service.check_model(body.model)
-    body.refuse_unsupported()
-    service.engine.check_ready()
-    messages = [message.for_template(index) for index, message in enumerate(body.messages)]
-    request = service.engine_request(await service.tokenize_chat(messages), body, "messages")
-    return await respond(http, service, body, request, _WORDING)
+    return await respond(http, service, body, await chat_answers(service, body), _WORDING)

@@ -3,34 +3,26 @@
 A field that is not listed here is refused by name, unless its value asks for nothing: see `refuse_unsupported`.
 """
 
+import dataclasses
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from simple_flashinfer.server.errors import invalid
-from simple_flashinfer.types import SamplingParams
+from simple_flashinfer.types import MAX_LOGPROBS, SamplingParams
+
+MAX_CHOICES = 128  # of one request: n, times prompts
 
 # For bookkeeping on OpenAI's side: they ask for nothing here, whatever their value.
 _INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Values that ask for what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
     "detokenize": (True,),
-    "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "priority": (0,),
 }
 _NOTHING: tuple[Any, ...] = (False, [], {}, "")  # of fields that are not listed
 
@@ -43,7 +35,20 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's: exactly one of them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    # `json` would hide a method of BaseModel
+    json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -53,17 +58,30 @@ class GenerationRequest(BaseModel):
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    return_token_ids: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -78,7 +96,25 @@ class GenerationRequest(BaseModel):
     def _token_limit(self) -> int | None:
         return self.max_tokens
 
-    def sampling_params(self) -> SamplingParams:
+    def _num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def _bias(self) -> tuple[tuple[int, float], ...]:
+        try:
+            return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
+        except ValueError as error:
+            raise invalid("logit_bias must have token ids as keys", "logit_bias") from error
+
+    def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
+        """The prompt's last tokens, as many as truncate_prompt_tokens says; -1 is all that leaves room for the answer."""
+        if self.truncate_prompt_tokens is None:
+            return token_ids
+        keep = self.truncate_prompt_tokens
+        if keep == 0:
+            raise invalid("truncate_prompt_tokens must be -1, or 1 and more", "truncate_prompt_tokens")
+        return token_ids[-(keep if keep > 0 else max(1, max_model_len - (self._token_limit() or 1))) :]
+
+    def sampling_params(self, grammar: str = "") -> SamplingParams:
         """Raises a 400 that names the field."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -88,6 +124,11 @@ class GenerationRequest(BaseModel):
                 max_tokens=self._token_limit(),
                 stop=tuple(stop),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
+                logit_bias=self._bias(),
+                allowed_token_ids=tuple(self.allowed_token_ids or ()),
+                bad_words=tuple(self.bad_words or ()),
+                logprobs=self._num_logprobs(),
+                grammar=grammar,
             )
         except ValueError as error:  # the message begins with the field's name
             raise invalid(str(error), str(error).split()[0]) from error
@@ -95,7 +136,8 @@ class GenerationRequest(BaseModel):
 
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "ignore_eos",
+    "ignore_eos", "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "typical_p",
+    "prompt_logprobs", "priority",
 )  # fmt: skip
 
 
@@ -105,28 +147,115 @@ class TextPart(BaseModel):
     text: str
 
 
+class FunctionCall(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+_FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "status"}  # of an answer that is sent back
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def for_template(self, index: int) -> dict[str, Any]:
-        """As chat templates expect it: content is a string, and a developer speaks as the system."""
+        """As chat templates expect it: text as a string, arguments as an object, and a developer speaks as the system."""
+        place = f"messages.{index}"
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}, ""):
-                param = f"messages.{index}.{name}"
-                raise invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
-        if self.content is None:
-            raise invalid(f"messages.{index}.content is missing", f"messages.{index}.content")
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
+            if value not in (None, [], {}, "") and name not in _FOR_BOOKKEEPING:
+                raise invalid(f"{place}.{name} is not supported; leave it out", f"{place}.{name}", "unsupported_parameter")
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise invalid(f"{place}.content is missing", f"{place}.content")
+        if self.tool_calls and self.role != "assistant":
+            raise invalid(f"{place}.tool_calls: only the assistant calls tools", f"{place}.tool_calls")
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call_for_template(c, f"{place}.tool_calls.{i}") for i, c in enumerate(self.tool_calls)]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if reasoning := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = reasoning
+        return message
+
+
+def call_for_template(call: ToolCall, place: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{place}.function.arguments is no JSON", f"{place}.function.arguments") from error
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class ChatCompletionRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     def _token_limit(self) -> int | None:
         if self.max_completion_tokens is None:
@@ -135,18 +264,100 @@ class ChatCompletionRequest(GenerationRequest):
             raise invalid("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
         return self.max_completion_tokens
 
+    def _num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        return [message.for_template(index) for index, message in enumerate(self.messages)]
+
+    def template_kwargs(self) -> dict[str, Any]:
+        kwargs = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in _RESERVED}
+        if len(kwargs) < len(self.chat_template_kwargs or {}):
+            raise invalid(f"chat_template_kwargs must not have {', '.join(_RESERVED)}", "chat_template_kwargs")
+        if self.reasoning_effort is not None:
+            kwargs["reasoning_effort"] = self.reasoning_effort
+            kwargs.setdefault("enable_thinking", self.reasoning_effort != "none")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                message = "continue_final_message and add_generation_prompt exclude each other"
+                raise invalid(message, "continue_final_message")
+            if self.messages[-1].role != "assistant":
+                raise invalid("continue_final_message needs a last message of the assistant", "continue_final_message")
+            return {**kwargs, "continue_final_message": True, "add_generation_prompt": False}
+        return {**kwargs, "add_generation_prompt": self.add_generation_prompt is not False}
+
+    def active_tools(self) -> list[dict[str, Any]]:
+        """Those that the model is shown. Raises a 400 for a tool_choice that is not among them."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if self.tool_choice == "none":
+            return []
+        if self.tool_choice in (None, "auto"):
+            return tools
+        if not tools:
+            raise invalid("tool_choice needs tools", "tool_choice")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if not any(tool["function"]["name"] == name for tool in tools):
+                raise invalid(f"tool_choice: there is no tool {name!r}", "tool_choice")
+        return tools
+
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """Those of which one must be called; none when the model may answer as it likes."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.active_tools() if tool["function"]["name"] == name]
+        return self.active_tools() if self.tool_choice == "required" else []
+
+
+_RESERVED = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "messages",
+    "tools",
+    "tokenize",
+    "conversation",
+    "chat_template",
+)
+
 
 class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.suffix:
+            raise invalid("suffix is not supported: this model only continues a prompt", "suffix", "unsupported_parameter")
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens: 0 is only allowed with echo", "max_tokens")
+        if self.echo and self.stream:
+            raise invalid("echo is only allowed when stream is false", "echo")
 
     def _token_limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else 16  # OpenAI's default
+        return max(self.max_tokens, 1) if self.max_tokens is not None else 16  # OpenAI's default
 
-    def single_prompt(self) -> str | list[int]:
-        """The prompt. Raises a 400 when there are several, or none."""
+    def _num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def sampling_params(self, grammar: str = "") -> SamplingParams:
+        params = super().sampling_params(grammar)
+        if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
+            return dataclasses.replace(params, prompt_logprobs=self.logprobs)
+        return params
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several. Raises a 400 when there is none, or too many."""
         prompt: Any = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return prompt
-        if len(prompt) != 1:
-            raise invalid(f"prompt must be one prompt, not a list of {len(prompt)}; send one request for each", "prompt")
-        return prompt[0]  # type: ignore[no-any-return]
+        found = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+        if not found:
+            raise invalid("prompt is an empty list", "prompt")
+        if len(found) * (self.n or 1) > MAX_CHOICES:
+            raise invalid(f"prompt: {len(found)} prompts with n {self.n or 1} are more than {MAX_CHOICES} answers", "prompt")
+        return found

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -14,20 +14,20 @@ from simple_flashinfer.engine.async_engine import AsyncEngine
 from simple_flashinfer.engine.requests import ContextLengthError, RequestFactory
 from simple_flashinfer.server.errors import ApiError, invalid
 from simple_flashinfer.server.schemas import GenerationRequest
-from simple_flashinfer.text.detokenizer import TextDelta
 from simple_flashinfer.text.tokenizer import ChatTemplateError, Tokenizer
-from simple_flashinfer.types import EngineRequest, FinishReason
+from simple_flashinfer.types import EngineRequest, FinishReason, TokenLogprobs
 
 _LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requests: a thread does it
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one HTTP request."""
 
-    num_prompt_tokens: int
+    num_prompt_tokens: int = 0
     num_tokens: int = 0  # generated
-    num_cached_tokens: int = 0  # of the prompt
+    num_cached_tokens: int = 0  # of the prompts
+    num_reasoning_tokens: int = 0  # of the generated ones
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -35,7 +35,21 @@ class Usage:
             "completion_tokens": self.num_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
         }
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one or more steps added to an answer; the last has a finish_reason."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    num_cached_tokens: int | None = None  # with the first
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first, where asked for
 
 
 @dataclass(slots=True)
@@ -53,23 +67,24 @@ class Service:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    async def tokenize_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        self._check_text([text for message in messages for text in message.values()], "messages")
-        size = sum(len(message["content"]) for message in messages)
+    async def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], **kwargs: Any) -> str:
+        """A conversation in the words of the model's chat template. Raises a 400."""
+        texts = list(_strings([*messages, tools]))
+        self._check_text(texts, "messages")
         try:
-            if size > _LONG_TEXT:
-                return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
-            return self.tokenizer.encode_chat(messages)
+            if sum(map(len, texts)) > _LONG_TEXT:
+                return await asyncio.to_thread(self.tokenizer.render_chat, messages, tools, **kwargs)
+            return self.tokenizer.render_chat(messages, tools, **kwargs)
         except ChatTemplateError as error:
             raise invalid(str(error), "messages") from error
 
-    async def tokenize(self, prompt: str | list[int]) -> list[int]:
+    async def tokenize(self, prompt: str | list[int], add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         if isinstance(prompt, list):
             return prompt
-        self._check_text([prompt], "prompt")
+        self._check_text([prompt], param)
         if len(prompt) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, prompt)
-        return self.tokenizer.encode(prompt)
+            return await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens)
+        return self.tokenizer.encode(prompt, add_special_tokens)
 
     def _check_text(self, texts: list[str], param: str) -> None:
         """Raises a 400 for what is no text, and for what is too long whatever its tokens are, before it is tokenized."""
@@ -81,32 +96,65 @@ class Service:
             message = f"The context of this model is {limit} tokens, but {param} has at least {least}. Make it shorter."
             raise invalid(message, param, "context_length_exceeded")
 
-    def engine_request(self, prompt_token_ids: list[int], body: GenerationRequest, param: str) -> EngineRequest:
-        """Raises a 400 when it can't fit; `param` is the field that the prompt came in."""
+    def engine_requests(
+        self, prompt_token_ids: list[int], body: GenerationRequest, param: str, grammar: str = ""
+    ) -> list[EngineRequest]:
+        """As many as `n` asks for. Raises a 400 when they can't fit; `param` is the field that the prompt came in."""
+        params = body.sampling_params(grammar)
+        prompt_token_ids = body.truncated(prompt_token_ids, self.engine.info.max_model_len)
+        bad_token_ids = self.tokenizer.encode_words(params.bad_words) if params.bad_words else ()
+        requests = []
         try:
-            return self.requests.make(prompt_token_ids, body.sampling_params())
+            for index in range(body.n or 1):
+                own = params if params.seed is None else replace(params, seed=(params.seed + index) % 2**63)
+                requests.append(self.requests.make(prompt_token_ids, params if not index else own, bad_token_ids))
         except ContextLengthError as error:
             raise invalid(str(error), param, "context_length_exceeded") from error
         except ValueError as error:
-            raise invalid(f"{param}: {error}", param) from error
+            field_name = str(error).split()[0]
+            at_fault = field_name if field_name in type(body).model_fields else param
+            raise invalid(str(error) if at_fault == field_name else f"{param}: {error}", at_fault) from error
+        return requests
 
-    async def generate(self, request: EngineRequest, usage: Usage) -> AsyncGenerator[TextDelta, None]:
-        """The answer, piece by piece; the last has a finish_reason. Keeps `usage` up to date.
+    async def generate(self, request: EngineRequest, shown: frozenset[str] = frozenset()) -> AsyncGenerator[Piece, None]:
+        """The answer, piece by piece. shown: special tokens that are to be seen in its text.
 
         Raises ApiError when the engine fails on it.
         """
-        detokenizer = self.tokenizer.detokenizer(request.params.stop)
+        params = request.params
+        detokenizer = self.tokenizer.detokenizer(params, shown)
         async with aclosing(self.engine.generate(request)) as steps:
             async for outputs in steps:
                 reason = outputs[-1].finish_reason
                 if reason is FinishReason.ERROR:
                     raise ApiError(500, outputs[-1].error or "The engine failed.", code="engine_error")
-                delta = detokenizer.push([token for output in outputs for token in output.token_ids], reason)
-                usage.num_cached_tokens = outputs[0].num_cached_tokens or usage.num_cached_tokens
-                usage.num_tokens += delta.num_tokens
-                yield delta
+                token_ids = [token for output in outputs for token in output.token_ids]
+                delta = detokenizer.push(token_ids, reason)
+                stop_reason: str | int | None = delta.stop_string
+                if reason is FinishReason.STOP and stop_reason is None and token_ids[-1] in params.stop_token_ids:
+                    stop_reason = token_ids[-1]
+                yield Piece(
+                    delta.text,
+                    token_ids[: delta.num_tokens],
+                    [output.logprobs for output in outputs[: delta.num_tokens] if output.logprobs is not None],
+                    delta.finish_reason,
+                    stop_reason,
+                    outputs[0].num_cached_tokens,
+                    outputs[0].prompt_logprobs,
+                )
                 if delta.finish_reason is not None:
                     return
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts inside of lists and dicts, however deep."""
+    rest = [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            rest += value.values() if isinstance(value, dict) else value
 
 
 def service_of(request: Request) -> Service:

@@ -57,11 +57,27 @@ async def health(http: Request) -> dict[str, Any]:
     return {"status": "ok", "running": stats.num_running, "waiting": stats.num_waiting}
 
 
+@public.get("/version")
+@public.get("/v1/version", include_in_schema=False)
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
 @public.get("/")
 async def root(http: Request) -> dict[str, Any]:
     return {
         "name": "simple-flashinfer",
         "version": __version__,
         "model": service_of(http).config.model_name,
-        "endpoints": ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/kv_cache", "/docs"],
+        "endpoints": [
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/models",
+            "/tokenize",
+            "/detokenize",
+            "/health",
+            "/kv_cache",
+            "/version",
+            "/docs",
+        ],
     }

@@ -7,7 +7,7 @@ it, and the difference is the piece. (tokenizers' DecodeStream does the same, bu
 to be no UTF-8, which a model may produce at any time.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,25 @@ class TextDelta:
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None  # that ended the text
 
 
 class Detokenizer:
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        hidden: Container[int] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """hidden: tokens that are no text. include_stop: what stops the text is its end. Nothing stops before min_tokens."""
+        self._hidden = hidden
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._searched = 0  # characters of _decoded in which no stop string may begin
         self._decode = getattr(tokenizer, "backend_tokenizer", tokenizer).decode  # the fast one's own, without wrapping
         self._stop = tuple(stop)
         self._ids: list[int] = []
@@ -44,25 +59,35 @@ class Detokenizer:
         made the engine stop is counted, but is no text. A stop string finishes the text, whatever the engine says.
         """
         final = finish_reason is not None
-        shown = token_ids[:-1] if finish_reason is FinishReason.STOP else token_ids
-        for count, token in enumerate(shown, 1):
-            if (end := self._extend(self._step(token))) is not None:
-                return self._give(end, count, FinishReason.STOP)
-        if final and (end := self._extend(self._rest())) is not None:
-            return self._give(end, len(token_ids), FinishReason.STOP)
+        hide_last = finish_reason is FinishReason.STOP and not self._include_stop
+        for count, token in enumerate(token_ids[:-1] if hide_last else token_ids, 1):
+            self._num_tokens += 1
+            if (found := self._extend("" if token in self._hidden else self._step(token))) is not None:
+                return self._stopped(*found, count)
+        if final and (found := self._extend(self._rest())) is not None:
+            return self._stopped(*found, len(token_ids))
         end = len(self._decoded) - (0 if final else self._held_back())
         return self._give(end, len(token_ids), finish_reason)
 
-    def _give(self, end: int, num_tokens: int, finish_reason: FinishReason | None) -> TextDelta:
+    def _stopped(self, at: int, stop: str, num_tokens: int) -> TextDelta:
+        return self._give(at + len(stop) * self._include_stop, num_tokens, FinishReason.STOP, stop)
+
+    def _give(
+        self, end: int, num_tokens: int, finish_reason: FinishReason | None, stop_string: str | None = None
+    ) -> TextDelta:
         text = self._decoded[self._given : end]
         self._given = end
-        return TextDelta(text, num_tokens, finish_reason)
+        return TextDelta(text, num_tokens, finish_reason, stop_string)
 
-    def _extend(self, text: str) -> int | None:
-        """Adds text; where a stop string begins, if one is complete now."""
-        scan_from = max(self._given, len(self._decoded) - self._longest_stop + 1)
+    def _extend(self, text: str) -> tuple[int, str] | None:
+        """Adds text; where a stop string begins, and which, if one is complete now."""
+        scan_from = max(self._given, self._searched, len(self._decoded) - self._longest_stop + 1)
         self._decoded += text
-        return min((at for stop in self._stop if (at := self._decoded.find(stop, scan_from)) >= 0), default=None)
+        if self._num_tokens < self._min_tokens:
+            self._searched = len(self._decoded)
+            return None
+        found = [(at, stop) for stop in self._stop if (at := self._decoded.find(stop, scan_from)) >= 0]
+        return min(found, default=None)
 
     @property
     def _longest_stop(self) -> int:
@@ -71,23 +96,23 @@ class Detokenizer:
     def _step(self, token: int) -> str:
         """What a token adds to the text; nothing while it ends in an unfinished character."""
         self._ids.append(token)
-        text: str = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        text: str = self._decode(self._ids[self._window :], skip_special_tokens=False)
         if text.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER:
             return ""
         piece = text[len(self._before) :]
         if piece:  # a window must not begin with a token that is no text: what follows would lose its space
             self._window = self._read
-            self._before = self._decode(self._ids[self._window :], skip_special_tokens=True)
+            self._before = self._decode(self._ids[self._window :], skip_special_tokens=False)
         self._read = len(self._ids)
         return piece
 
     def _rest(self) -> str:
         """What was held back as unfinished."""
-        text: str = self._decode(self._ids[self._window :], skip_special_tokens=True)
+        text: str = self._decode(self._ids[self._window :], skip_special_tokens=False)
         return text[len(self._before) :]
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string may begin with."""
-        tail = self._decoded[self._given :][-self._longest_stop :]
+        tail = self._decoded[max(self._given, self._searched) :][-self._longest_stop :]
         lengths = range(min(self._longest_stop - 1, len(tail)), 0, -1) if self._stop else ()
         return next((n for n in lengths if any(stop.startswith(tail[-n:]) for stop in self._stop)), 0)

@@ -39,6 +39,13 @@ def test_the_path_is_a_name_as_well(daemon, random_model):
     assert daemon.post("/chat/completions", {**CHAT, "model": random_model}).json()["model"] == "demo"
 
 
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+
+
+def _schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
@@ -66,16 +73,35 @@ def test_the_path_is_a_name_as_well(daemon, random_model):
             "messages.0.content.0.type",
             "text",
         ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls", ""),
-        ({"n": 2}, "n", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            "messages.0.tool_calls.0.function",
+            "",
+        ),
+        ({"n": 0}, "n", "1"),
+        ({"n": 1000}, "n", "128"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs is true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"logit_bias": {"1": 500}}, "logit_bias", "100"),
+        ({"logit_bias": {"one": 5}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"99999999": 5}}, "logit_bias", "outside"),
+        ({"allowed_token_ids": [99999999]}, "allowed_token_ids", "outside"),
+        ({"bad_words": [""]}, "bad_words", "characters"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "max_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "required"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name", "pattern"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "no tool 'f'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
+        ({"response_format": _schema({"type": "object", "not": {}})}, "response_format", "not"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"continue_final_message": True}, "continue_final_message", "assistant"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "must not have"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "1"),
         ({"best_off": 3}, "best_off", "not supported"),
-        ({"n": True}, "n", "not supported"),
-        ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
-        ({"add_generation_prompt": False}, "add_generation_prompt", "not supported"),
+        ({"n": True}, "n", "integer"),
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"max_tokens": "3"}, "max_tokens", "integer"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
@@ -166,8 +192,8 @@ def test_the_context_can_be_filled_to_its_last_token(daemon, length):
     ("prompt", "words"),
     [
         ("", "empty"),
-        ([], "list of 0"),
-        ([[1], [2]], "one prompt"),
+        ([], "empty"),
+        ([[1]] * 200, "128"),
         ([99999], "outside"),
         ([-1], "outside"),
         ([2**70], "outside"),

@@ -71,7 +71,7 @@ def chunks(items, sizes):
 
 
 def stream(tokenizer, ids, sizes=(), stop=(), reason=FinishReason.LENGTH):
-    detokenizer = Detokenizer(tokenizer, stop)
+    detokenizer = Detokenizer(tokenizer, stop, hidden=tokenizer.all_special_ids)
     parts = list(chunks(ids, sizes))
     deltas = []
     for i, part in enumerate(parts):

@@ -1,0 +1,98 @@
+"""From what a client asks of the form of an answer to a grammar for the engine. What can't be enforced is a 400."""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from simple_flashinfer.server.errors import invalid
+from simple_flashinfer.server.schemas import ChatCompletionRequest, CompletionRequest, ResponseFormat, StructuredOutputs
+from simple_flashinfer.server.service import Service
+from simple_flashinfer.text.grammar import (
+    GrammarError,
+    check_grammar,
+    choice_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    lark_grammar,
+    regex_grammar,
+)
+from simple_flashinfer.text.parsing.grammar import call_grammar
+from simple_flashinfer.text.parsing.parser import opens_reasoning
+
+_MAX_CHECKED = 256
+_checked: OrderedDict[str, None] = OrderedDict()  # grammars that are known to be good
+
+
+async def structured_answer(service: Service, prompt: str, body: ChatCompletionRequest | CompletionRequest) -> str:
+    """The grammar that `response_format` or `structured_outputs` ask for; empty when neither asks for anything."""
+    given, wanted = body.structured_outputs, body.response_format
+    if given is not None and wanted is not None and wanted.type != "text":
+        raise invalid("response_format and structured_outputs exclude each other", "structured_outputs")
+    if given is not None:
+        return await _checked_grammar(lambda: _of_structured_outputs(given), "structured_outputs")
+    if wanted is None or wanted.type == "text":
+        return ""
+    return await _checked_grammar(lambda: _of_response_format(wanted), "response_format")
+
+
+def _of_response_format(wanted: ResponseFormat) -> str:
+    if wanted.type == "json_object":
+        return json_object_grammar()
+    if wanted.json_schema is None:
+        raise GrammarError("json_schema is missing")
+    schema = wanted.json_schema.json_schema
+    return json_object_grammar() if schema is None else json_schema_grammar(schema)
+
+
+def _of_structured_outputs(given: StructuredOutputs) -> str:
+    makers: dict[str, Callable[[Any], str]] = {
+        "json_schema": json_schema_grammar, "json_object": lambda _: json_object_grammar(), "regex": regex_grammar,
+        "choice": choice_grammar, "grammar": lark_grammar,
+    }  # fmt: skip
+    asked = {name: value for name in makers if (value := getattr(given, name)) not in (None, False)}
+    if len(asked) != 1:
+        raise GrammarError("give exactly one of json, json_object, regex, choice and grammar")
+    ((name, value),) = asked.items()
+    return makers[name](value)
+
+
+async def forced_call(
+    service: Service, prompt: str, tools: list[dict[str, Any]], parallel: bool, body: ChatCompletionRequest
+) -> str:
+    """The grammar of one of these calls, or of several if parallel, in the model's own format."""
+    tokenizer = service.tokenizer
+    if body.structured_outputs is not None or (body.response_format is not None and body.response_format.type != "text"):
+        raise invalid("tool_choice forces a tool call, which excludes response_format and structured_outputs", "tool_choice")
+    if tokenizer.tool_format is None:
+        raise invalid(
+            "tool_choice: no format of tool calls is known for this model; start the server with --tool_call_parser",
+            "tool_choice",
+        )
+
+    def make() -> str:
+        lark = call_grammar(
+            str(tokenizer.tool_format),
+            tools,
+            parallel=parallel,
+            special_tokens=tokenizer.special_tokens,
+            reasoning_format=tokenizer.reasoning_format,
+            starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
+        )
+        return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+    return await _checked_grammar(make, "tools")
+
+
+async def _checked_grammar(make: Callable[[], str], param: str) -> str:
+    try:
+        grammar = await asyncio.to_thread(make)
+        if grammar not in _checked:
+            await asyncio.to_thread(check_grammar, grammar)
+            _checked[grammar] = None
+            if len(_checked) > _MAX_CHECKED:
+                _checked.popitem(last=False)
+    except (GrammarError, RecursionError) as error:
+        raise invalid(f"{param}: {error}", param) from error
+    return grammar

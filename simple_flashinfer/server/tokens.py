@@ -1,0 +1,74 @@
+"""Text to tokens and back, as vLLM's server has it, and the one thing that a causal language model does not give."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from simple_flashinfer.server.errors import ApiError, invalid
+from simple_flashinfer.server.schemas import ChatMessage, Tool
+from simple_flashinfer.server.service import service_of
+
+router = APIRouter()
+
+
+class TokenizeRequest(BaseModel):
+    """Either a prompt, or messages as in a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize(body: TokenizeRequest, http: Request) -> dict[str, Any]:
+    service = service_of(http)
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        messages = [message.for_template(index) for index, message in enumerate(body.messages)]
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        kwargs = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt is not False}
+        text = await service.render(messages, tools, **kwargs)
+        token_ids = await service.tokenize(text, body.add_special_tokens is True, "messages")
+    else:
+        token_ids = await service.tokenize(body.prompt or "", body.add_special_tokens is not False)
+    answer = {"count": len(token_ids), "max_model_len": service.engine.info.max_model_len, "tokens": token_ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [service.tokenizer.token_bytes(token).decode(errors="replace") for token in token_ids]
+    return answer
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize", include_in_schema=False)
+async def detokenize(body: DetokenizeRequest, http: Request) -> dict[str, str]:
+    service = service_of(http)
+    service.check_model(body.model)
+    size = service.engine.info.vocab_size
+    if any(not 0 <= token < size for token in body.tokens):
+        raise invalid(f"tokens has token ids outside of 0 to {size - 1}", "tokens")
+    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+@router.post("/v1/embeddings")
+@router.post("/embeddings", include_in_schema=False)
+async def embeddings(http: Request) -> None:
+    name = service_of(http).config.model_name
+    raise ApiError(
+        400, f"The model {name!r} generates text; it gives no embeddings. Serve an embedding model for them.",
+        param="model", code="unsupported_model",
+    )  # fmt: skip
