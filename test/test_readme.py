@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from simple_flashinfer.config import Config
+from simple_flashinfer.server.schemas import INERT, ChatCompletionRequest, CompletionRequest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -31,3 +32,10 @@ def test_the_make_targets_that_the_readme_names_are_there():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in set(re.findall(r"make (\w[\w-]*)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_table_of_parameters_has_them_all():
+    table = README[README.index("| parameter |") : README.index("## How it works")]
+    named = set(re.findall(r"`(\w+)`", table))
+    accepted = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *INERT} - {"model", "messages", "prompt"}
+    assert accepted <= named, accepted - named

@@ -15,7 +15,7 @@ from simple_flashinfer.types import MAX_LOGPROBS, SamplingParams
 MAX_CHOICES = 128  # of one request: n, times prompts
 
 # For bookkeeping on OpenAI's side: they ask for nothing here, whatever their value.
-_INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Values that ask for what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
@@ -29,7 +29,7 @@ _NOTHING: tuple[Any, ...] = (False, [], {}, "")  # of fields that are not listed
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
     neutral = _NEUTRAL.get(name, _NOTHING)
-    return value is None or name in _INERT or any(type(value) is type(v) and value == v for v in neutral)  # True is not 1
+    return value is None or name in INERT or any(type(value) is type(v) and value == v for v in neutral)  # True is not 1
 
 
 class StreamOptions(BaseModel):
