@@ -1,7 +1,7 @@
 """The engine without HTTP, for scripts and tests. It is driven by whoever calls: no thread, no event loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -10,7 +10,7 @@ from simple_flashinfer.config import Config
 from simple_flashinfer.engine.launch import build_engine, resolve_model
 from simple_flashinfer.engine.requests import RequestFactory
 from simple_flashinfer.text.tokenizer import Tokenizer
-from simple_flashinfer.types import Abort, Add, EngineStats, FinishReason, SamplingParams
+from simple_flashinfer.types import Abort, Add, EngineStats, FinishReason, SamplingParams, TokenLogprobs
 
 Prompt = str | Sequence[int]
 
@@ -26,6 +26,8 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each token, where asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all the prompt's tokens but the first
 
 
 class LLM:
@@ -75,7 +77,8 @@ class LLM:
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> str:
         """Queues a prompt; the request's id."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request = self._requests.make(ids, sampling_params or SamplingParams())
+        params = sampling_params or SamplingParams()
+        request = self._requests.make(ids, params, self.tokenizer.encode_words(params.bad_words))
         output = RequestOutput(request.request_id, ids, [])
         self._unfinished[request.request_id] = _Unfinished(output, self.tokenizer.detokenizer(request.params))
         self.core.apply([Add(request)])
@@ -98,6 +101,9 @@ class LLM:
             delta = unfinished.detokenizer.push(step_output.token_ids, reason)
             output.text += delta.text
             output.token_ids += step_output.token_ids
+            if step_output.logprobs is not None:
+                output.logprobs.append(step_output.logprobs)
+            output.prompt_logprobs = step_output.prompt_logprobs or output.prompt_logprobs
             output.num_cached_tokens = step_output.num_cached_tokens or output.num_cached_tokens
             output.finish_reason, output.error = delta.finish_reason, step_output.error
             if output.finish_reason is not None:

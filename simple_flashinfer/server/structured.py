@@ -18,7 +18,7 @@ from simple_flashinfer.text.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from simple_flashinfer.text.parsing.grammar import call_grammar
+from simple_flashinfer.text.parsing.grammar import after_reasoning, call_grammar
 from simple_flashinfer.text.parsing.parser import opens_reasoning
 
 _MAX_CHECKED = 256
@@ -31,10 +31,25 @@ async def structured_answer(service: Service, prompt: str, body: ChatCompletionR
     if given is not None and wanted is not None and wanted.type != "text":
         raise invalid("response_format and structured_outputs exclude each other", "structured_outputs")
     if given is not None:
-        return await _checked_grammar(lambda: _of_structured_outputs(given), "structured_outputs")
+        return await _checked_grammar(
+            lambda: _behind_reasoning(service, prompt, _of_structured_outputs(given)), "structured_outputs"
+        )
     if wanted is None or wanted.type == "text":
         return ""
-    return await _checked_grammar(lambda: _of_response_format(wanted), "response_format")
+    return await _checked_grammar(lambda: _behind_reasoning(service, prompt, _of_response_format(wanted)), "response_format")
+
+
+def _behind_reasoning(service: Service, prompt: str, grammar: str) -> str:
+    """A model that reasons in a chat does so before the answer; a plain completion (no prompt here) is all answer."""
+    tokenizer = service.tokenizer
+    if not prompt or tokenizer.reasoning_format is None:
+        return grammar
+    return after_reasoning(
+        grammar,
+        tokenizer.reasoning_format,
+        starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
+        special_tokens=tokenizer.special_tokens,
+    )
 
 
 def _of_response_format(wanted: ResponseFormat) -> str:

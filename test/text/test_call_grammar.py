@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simple_flashinfer.text.parsing.grammar import call_grammar
+from simple_flashinfer.text.grammar import json_object_grammar, lark_grammar, regex_grammar
+from simple_flashinfer.text.parsing.grammar import after_reasoning, call_grammar
 from simple_flashinfer.text.parsing.parser import TOOL_FORMATS, make_parser
 
 llguidance = pytest.importorskip("llguidance")
@@ -171,3 +172,13 @@ def test_references_and_types_in_schemas():
     assert not accepts(coder, text.replace("km", "miles"))
     assert accepts(coder, text.replace("unit", "deep").replace("km", "null"))
     assert not accepts(coder, text.replace("unit", "deep").replace("km", "perhaps"))
+
+
+@pytest.mark.parametrize("inner", [json_object_grammar(), regex_grammar(r"\{\}|\{ \}"), lark_grammar('start: "{" " "* "}"')])
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_answer_in_a_form_may_come_after_reasoning(inner, inside):
+    grammar = after_reasoning(inner, "think", starts_in_reasoning=inside, special_tokens={})
+    thoughts = ("" if inside else "<think>") + "let me { see</think>\n\n"
+    assert accepts(grammar, thoughts + "{}")
+    assert not accepts(grammar, thoughts + "so: {}")
+    assert accepts(grammar, "{}") != inside, "where the prompt opened the reasoning, it has to be closed first"

@@ -56,6 +56,20 @@ def call_grammar(
     return f"{_HEAD}start: {before}calls\n" + "\n".join(rules) + "\n"
 
 
+def after_reasoning(
+    grammar: str, reasoning_format: str, *, starts_in_reasoning: bool, special_tokens: Mapping[str, int]
+) -> str:
+    """Reasoning as the model likes it, then what the grammar (llguidance's serialised form) asks for."""
+
+    def mark(marker: str) -> str:
+        return f"<[{special_tokens[marker]}]>" if marker in special_tokens else _quote(marker)
+
+    before, rules = _reasoning(reasoning_format, starts_in_reasoning, special_tokens, mark)
+    answer, *rest = json.loads(grammar)["grammars"]
+    start = "\n".join([f"{_HEAD}start: {before}@answer", *rules, ""])
+    return json.dumps({"grammars": [{"lark_grammar": start}, {**answer, "name": "answer"}, *rest]})
+
+
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
