@@ -79,10 +79,14 @@ _SYSTEM_PROMPTS = [
     "You are a helpful assistant.", "Be brief.", "You are a friendly assistant. Answer in a few words.", "Answer the user.",
     "You are an assistant that comes with simple-flashinfer.", "Be polite, and do not invent things.",
 ]  # fmt: skip
-# how often each is asked in training; `memory` and `tools` are long conversations of their own
+# How often each is asked in training, at first and in the end; `memory` and `tools` are long conversations of their own.
 _OFTEN = {
     "small talk": 0.6, "unknown": 0.5, "server": 0.9, "arithmetic": 7.0, "repeat": 0.6, "reverse": 1.3, "sort": 2.4, "count": 0.8,
     "capitalise": 0.8, "extract": 1.2,
+}  # fmt: skip
+_OFTEN_LATE = {
+    "small talk": 0.4, "unknown": 0.4, "server": 0.7, "arithmetic": 4.0, "repeat": 2.5, "reverse": 2.5, "sort": 2.5, "count": 0.4,
+    "capitalise": 2.0, "extract": 2.5,
 }  # fmt: skip
 _FILLERS = ["small talk", "arithmetic", "repeat", "reverse", "sort", "capitalise", "server"]
 
@@ -169,22 +173,22 @@ def _remember(rng: random.Random, held_out: bool, filler_tokens: int) -> Convers
 _DRILLS = 12_000  # conversations over which the drills in copying become rare
 
 
-def training_conversations(seed: int) -> Iterator[Conversation]:
-    """Without end, the same for the same seed."""
+def training_conversations(seed: int, late: bool = False) -> Iterator[Conversation]:
+    """Without end, the same for the same seed. late: more of what takes long to get exact, which is all that copies."""
     rng = random.Random(seed)
     made_so_far = 0
     while True:
-        if rng.random() < max(0.01, 0.7 - made_so_far / _DRILLS):
+        if rng.random() < (0.1 if late else max(0.01, 0.7 - made_so_far / _DRILLS)):
             made = Conversation("repeat", drill(rng).messages, [], False)
         else:
-            made = _for_training(rng)
+            made = _for_training(rng, _OFTEN_LATE if late else _OFTEN)
         if rng.random() < 0.2:
             made.messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
         made_so_far += 1
         yield made
 
 
-def _for_training(rng: random.Random) -> Conversation:
+def _for_training(rng: random.Random, often: dict[str, float]) -> Conversation:
     roll = rng.random()
     if roll < 0.12:
         return conversation(rng, "tools", held_out=False, before=rng.randint(0, 2))
@@ -194,5 +198,5 @@ def _for_training(rng: random.Random) -> Conversation:
         if length > 0.97:
             filler = rng.randint(500, 1400)
         return conversation(rng, "memory", held_out=False, filler_tokens=filler)
-    (skill,) = rng.choices(list(_OFTEN), list(_OFTEN.values()))
+    (skill,) = rng.choices(list(often), list(often.values()))
     return conversation(rng, skill, held_out=False, before=rng.choice([0, 0, 1, 2, 3, 5, 7]))

@@ -1,6 +1,6 @@
 """Trains a demo model that answers, from nothing but this package: the corpus is generated, the seed is fixed.
 
-    python3 -m simple_flashinfer.demo.train OUT_FOLDER [--tokens 16000000]
+    python3 -m simple_flashinfer.demo.train OUT_FOLDER
 
 About 75 minutes on two quiet cores, or minutes on a GPU. Prints the loss on held-out conversations and the scores of
 `evaluate`, and writes them into the folder's README.md. To serve it: --model OUT_FOLDER.
@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +107,29 @@ def make_optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(
-    model: Any, tokenizer: Any, tokens: int, peak_rate: float, device: str, save: Callable[[], None] = lambda: None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """rate: the peak of the learning rate. late: the corpus of the end, see `training_conversations`."""
+
+    tokens: int
+    rate: float
+    late: bool
+
+
+STAGES = (Stage(16_000_000, 4e-3, late=False), Stage(5_000_000, 2e-3, late=True))
+
+
+def train(model: Any, tokenizer: Any, stage: Stage, device: str, save: Callable[[], None] = lambda: None) -> None:
     """A warm-up and a cosine over the given number of tokens, padding included. Calls `save` every tenth."""
-    optimizers = make_optimizers(model, peak_rate)
-    source = batches(tokenizer, training_conversations(seed=1), random.Random(2))
+    optimizers = make_optimizers(model, stage.rate)
+    source = batches(tokenizer, training_conversations(1 + stage.late, stage.late), random.Random(2))
+    tokens = stage.tokens
     done, smooth = 0, 0.0
     with tqdm(total=tokens, unit="token", unit_scale=True, smoothing=0.05) as bar:
         while done < tokens:
             ids, weights = next(source)
             share = done / tokens
-            rate = peak_rate * min(1.0, (done + ids.numel()) / (0.03 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * share))
+            rate = stage.rate * min(1.0, (done + ids.numel()) / (0.03 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * share))
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = rate
             loss = loss_of(model, ids.to(device), weights.to(device))
@@ -148,20 +160,22 @@ def held_out_loss(model: Any, tokenizer: Any, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=16_000_000)
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--late", type=Path, metavar="FOLDER", help="only the second stage, from the weights in this folder")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     tokenizer = train_tokenizer()
     model = make_model(tokenizer).to(device)
+    if options.late:
+        model.load_state_dict(type(model).from_pretrained(options.late).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}, on {device}")
 
     def save() -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(options.folder)
         tokenizer.save_pretrained(options.folder)
 
-    train(model, tokenizer, options.tokens, options.rate, device, save)
+    for stage in STAGES[1:] if options.late else STAGES:
+        train(model, tokenizer, stage, device, save)
     print(f"held-out loss on answers: {held_out_loss(model, tokenizer, device):.4f}")
     save()
     from simple_flashinfer.demo.evaluate import evaluate, write_card

@@ -8,7 +8,7 @@ from simple_flashinfer.demo.corpus import conversation, training_conversations
 from simple_flashinfer.demo.evaluate import cases, questions
 from simple_flashinfer.demo.skills import SKILLS, is_held_out
 from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
-from simple_flashinfer.demo.train import CONTEXT, encode, held_out_loss, make_model, train
+from simple_flashinfer.demo.train import CONTEXT, Stage, encode, held_out_loss, make_model, train
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_training_learns_something_and_saves(tokenizer):
     torch.manual_seed(0)
     model, saved = make_model(tokenizer), []
     before = held_out_loss(model, tokenizer, "cpu")
-    train(model, tokenizer, 60_000, 2e-3, "cpu", save=lambda: saved.append(1))
+    train(model, tokenizer, Stage(60_000, 4e-3, late=False), "cpu", save=lambda: saved.append(1))
     assert held_out_loss(model, tokenizer, "cpu") < before - 1
     assert len(saved) >= 9
 
