@@ -16,7 +16,6 @@ from simple_flashinfer.server.schemas import (
     TOOL_NAME,
     ChatCompletionRequest,
     ChatMessage,
-    Function,
     FunctionCall,
     NamedFunction,
     NamedTool,
@@ -95,8 +94,8 @@ Block = Annotated[
     Discriminator(
         _type_of,
         custom_error_type="unsupported_block",
-        custom_error_message="blocks of this type are not supported; text, thinking, redacted_thinking, tool_use and "
-        "tool_result are",
+        custom_error_message="only text, thinking, redacted_thinking, tool_use and tool_result blocks are supported, "
+        "no images or documents",
     ),
 ]
 _SPOKEN_BY = {
@@ -165,8 +164,13 @@ class ToolDefinition(_Strict):
         return value
 
     def for_chat(self) -> Tool:
-        described = {"description": self.description, "parameters": self.input_schema, "strict": self.strict}
-        return Tool(type="function", function=Function(name=self.name, **described))
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.input_schema,
+            "strict": self.strict,
+        }
+        return Tool.model_validate({"type": "function", "function": function})
 
 
 class ToolChoice(_Strict):
