@@ -70,6 +70,10 @@ def caller(guarded):
         yield client
 
 
+def text_of(message):
+    return "".join(block.text for block in message.content)
+
+
 def said(message):
     """What does not differ from one answer to another."""
     return message.model_dump(include={"content", "stop_reason", "stop_sequence"})
@@ -121,11 +125,11 @@ def test_events_have_names(daemon):
 
 
 def test_stop_sequences(client):
-    text = client.messages.create(messages=HELLO, **GREEDY).content[0].text
+    text = text_of(client.messages.create(messages=HELLO, **GREEDY))
     stop = text[8:11]
     answer = client.messages.create(messages=HELLO, stop_sequences=["never", stop], **GREEDY)
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
-    assert answer.content[0].text == text[: text.index(stop)]
+    assert text_of(answer) == text[: text.index(stop)]
     with client.messages.stream(messages=HELLO, stop_sequences=["never", stop], **GREEDY) as stream:
         assert said(stream.get_final_message()) == said(answer)
 
@@ -142,7 +146,7 @@ def test_tokens_that_were_cached_are_counted_apart(client):
 def test_the_assistants_last_message_is_continued(client, as_chat):
     messages = [*HELLO, {"role": "assistant", "content": "class"}]
     expected = as_chat(messages, extra_body={"continue_final_message": True})
-    assert client.messages.create(messages=messages, **GREEDY).content[0].text == expected.choices[0].message.content
+    assert text_of(client.messages.create(messages=messages, **GREEDY)) == expected.choices[0].message.content
 
 
 def test_turns_of_one_speaker_are_one(client):
@@ -157,7 +161,7 @@ def test_turns_of_one_speaker_are_one(client):
     "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": TOOL["name"]}]
 )
 def test_a_forced_call_and_its_result(caller, choice):
-    request = {"tools": [TOOL], "tool_choice": choice, **GREEDY, "max_tokens": 200}
+    request = {"tools": [TOOL], "tool_choice": choice, **GREEDY, "max_tokens": 1000}  # much of it may be white space
     if choice["type"] == "tool":
         request["tool_choice"]["disable_parallel_tool_use"] = True
     answer = caller.messages.create(messages=HELLO, **request)
@@ -173,7 +177,7 @@ def test_a_forced_call_and_its_result(caller, choice):
     ]
     history = [*HELLO, answer.to_param(), {"role": "user", "content": [*result, {"type": "text", "text": "And?"}]}]
     after = caller.messages.create(messages=history, tools=[TOOL], **GREEDY)
-    assert after.content[0].type == "text"
+    assert after.stop_reason in ("end_turn", "max_tokens")
     count = caller.messages.count_tokens(model="demo", messages=history, tools=[TOOL]).input_tokens
     assert count == after.usage.input_tokens + after.usage.cache_read_input_tokens
 
