@@ -87,7 +87,7 @@ class Config:
     host: str = _setting("0.0.0.0", str, "server", "address to listen on; 127.0.0.1 for this machine only")
     port: int = _setting(7088, _number(int, 0, 65535), "server", "port to listen on; 0 picks a free one")
     api_key: str | None = _setting(
-        None, _optional_text, "server", "clients must send it as `Authorization: Bearer KEY`", "none"
+        None, _optional_text, "server", "clients must send it as `Authorization: Bearer KEY` or `x-api-key: KEY`", "none"
     )
     served_model_name: str | None = _setting(
         None, _optional_text, "server", "name of the model in the API; also accepted: the --model value, and `model`",

@@ -1,4 +1,4 @@
-"""The FastAPI app: routers, the API key, and errors in OpenAI's form."""
+"""The FastAPI app: routers, the API key, and the form of errors."""
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 
 from simple_flashinfer import __version__
-from simple_flashinfer.server import chat, completions, status, tokens
+from simple_flashinfer.server import chat, completions, messages, status, tokens
 from simple_flashinfer.server.errors import ApiError, add_error_handlers
 from simple_flashinfer.server.service import Service
 
@@ -24,20 +24,22 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     add_error_handlers(app)
     guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
-    for router in (chat.router, completions.router, tokens.router, status.router):
+    for router in (chat.router, completions.router, messages.router, tokens.router, status.router):
         app.include_router(router, dependencies=guarded)
     app.include_router(status.public)
     return app
 
 
 def _key_check(key: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    expected = f"Bearer {key}".encode()
+    """As OpenAI's clients send it, or as Anthropic's do."""
+    expected = {"authorization": f"Bearer {key}".encode(), "x-api-key": key.encode()}
 
     async def check(http: Request) -> None:
-        given = http.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
-        if not secrets.compare_digest(given, expected):
+        given = {name: http.headers.get(name, "").encode("latin-1") for name in expected}  # the bytes as they came
+        if not any(secrets.compare_digest(given[name], expected[name]) for name in expected):
             raise ApiError(
-                401, "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.", code="invalid_api_key",
+                401, "The API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+                code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 

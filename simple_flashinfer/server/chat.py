@@ -13,13 +13,18 @@ router = APIRouter()
 _WORDING = Wording("chatcmpl-", "chat.completion", "chat.completion.chunk")
 
 
-async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[Answer]:
-    """What the engine is to do, and how its output is to be read. Raises a 400 for what can't be done."""
+async def chat_prompt(service: Service, body: ChatCompletionRequest) -> str:
+    """The conversation in the model's words. Raises a 400 for what can't be done."""
     service.check_model(body.model)
     body.refuse_unsupported()
+    return await service.render(body.template_messages(), body.active_tools(), **body.template_kwargs())
+
+
+async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[Answer]:
+    """What the engine is to do, and how its output is to be read. Raises a 400 for what can't be done."""
     service.engine.check_ready(body.n or 1)
-    messages, tools, forced = body.template_messages(), body.active_tools(), body.forced_tools()
-    prompt = await service.render(messages, tools, **body.template_kwargs())
+    prompt = await chat_prompt(service, body)
+    tools, forced = body.active_tools(), body.forced_tools()
     if forced:
         grammar = await forced_call(service, prompt, forced, parallel=body.parallel_tool_calls is not False, body=body)
     else:

@@ -1,4 +1,7 @@
-"""Every error leaves in OpenAI's form: {"error": {"message", "type", "param", "code"}}. Built here and nowhere else."""
+"""Every error leaves in OpenAI's form: {"error": {"message", "type", "param", "code"}}. Built here and nowhere else.
+
+Those of the Messages API leave in Anthropic's: {"type": "error", "error": {"type", "message"}}.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from simple_flashinfer.types import EngineDeadError
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_SECONDS = "1"
+_ANTHROPIC_PATHS = {"/messages", "/messages/count_tokens"}
 _UNION_BRANCHES = {"str", "int"}  # pydantic's names for them in the path of an error
 
 
@@ -42,6 +46,16 @@ def _type(status: int) -> str:
     if status >= 500:
         return "server_error" if status != 503 else "service_unavailable_error"
     return "invalid_request_error"
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Anthropic's form has no place for the field that is at fault, so the message names it."""
+    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    kind = known.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    if error.code == "queue_full":
+        kind = "overloaded_error"
+    message = error.message if (error.param or "") in error.message else f"{error.param}: {error.message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
@@ -87,19 +101,21 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    def respond(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    def respond(request: Request, error: ApiError) -> JSONResponse:
+        anthropic = request.url.path.removeprefix("/v1") in _ANTHROPIC_PATHS
+        body = anthropic_body(error) if anthropic else error.body
+        return JSONResponse(body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(_from_validation(error))
+        return respond(request, _from_validation(error))
 
     @app.exception_handler(HTTPException)
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers) if error.headers else None
         code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return respond(ApiError(error.status_code, message, code=code, headers=headers))
+        return respond(request, ApiError(error.status_code, message, code=code, headers=headers))
 
     # named one by one: for a plain Exception starlette logs a traceback as well
     @app.exception_handler(QueueFullError)
@@ -107,4 +123,4 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     @app.exception_handler(Exception)
     def on_error(request: Request, error: Exception) -> JSONResponse:
-        return respond(as_api_error(error))
+        return respond(request, as_api_error(error))

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -39,6 +39,16 @@ class Answer:
 
 
 Numbered = tuple[int, Piece]
+
+
+class Telling(Protocol):
+    """How answers are told, in the words of one API or another."""
+
+    async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]:
+        """The body of a plain response."""
+
+    def events(self, first: Numbered, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; a failure is the last of them."""
 
 
 async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
@@ -89,22 +99,25 @@ async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerato
 async def respond(
     http: Request, service: Service, body: GenerationRequest, answers: list[Answer], wording: Wording
 ) -> Response:
+    telling = _Choices(service, body, answers, wording)
+    return await send(http, generate_all(service, answers), telling, stream=bool(body.stream))
+
+
+async def send(http: Request, pieces: AsyncGenerator[Numbered, None], telling: Telling, *, stream: bool) -> Response:
     """Waits for the first piece in any case, so that an early failure still gets its proper status."""
-    pieces = generate_all(service, answers)
-    response = _Response(service, body, answers, wording)
     try:
-        if not body.stream:
-            return JSONResponse(await until_disconnect(http.receive, response.whole(pieces)))
+        if not stream:
+            return JSONResponse(await until_disconnect(http.receive, telling.whole(pieces)))
         first = await until_disconnect(http.receive, anext(pieces))
     except ClientLeftError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
-        if not body.stream:
+        if not stream:
             await pieces.aclose()
-    return EventStream(response.events(first, pieces), pieces)
+    return EventStream(telling.events(first, pieces), pieces)
 
 
-class _Response:
+class _Choices:
     def __init__(self, service: Service, body: GenerationRequest, answers: list[Answer], wording: Wording) -> None:
         self._tokenizer = service.tokenizer
         self._answers = answers

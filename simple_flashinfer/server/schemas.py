@@ -25,6 +25,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
 }
 _NOTHING: tuple[Any, ...] = (False, [], {}, "")  # of fields that are not listed
+TOOL_NAME = r"^[a-zA-Z0-9_.-]{1,128}$"  # OpenAI stops at 64, Anthropic here
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
@@ -162,7 +163,7 @@ class ToolCall(BaseModel):
 
 class Function(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
