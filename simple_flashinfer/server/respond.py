@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -86,22 +86,33 @@ async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerato
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Reply(Protocol):
+    """Reads the pieces of all answers to their end."""
+
+    async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]: ...
+
+    def events(self, first: Numbered, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]: ...
+
+
 async def respond(
     http: Request, service: Service, body: GenerationRequest, answers: list[Answer], wording: Wording
 ) -> Response:
+    return await send(http, service, answers, _Response(service, body, answers, wording), stream=bool(body.stream))
+
+
+async def send(http: Request, service: Service, answers: list[Answer], reply: Reply, *, stream: bool) -> Response:
     """Waits for the first piece in any case, so that an early failure still gets its proper status."""
     pieces = generate_all(service, answers)
-    response = _Response(service, body, answers, wording)
     try:
-        if not body.stream:
-            return JSONResponse(await until_disconnect(http.receive, response.whole(pieces)))
+        if not stream:
+            return JSONResponse(await until_disconnect(http.receive, reply.whole(pieces)))
         first = await until_disconnect(http.receive, anext(pieces))
     except ClientLeftError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
-        if not body.stream:
+        if not stream:
             await pieces.aclose()
-    return EventStream(response.events(first, pieces), pieces)
+    return EventStream(reply.events(first, pieces), pieces)
 
 
 class _Response:

@@ -21,8 +21,9 @@ class ClientLeftError(Exception):
     """The client closed the connection before the answer was complete."""
 
 
-def event(data: Any) -> bytes:
-    return b"data: " + orjson.dumps(data) + b"\n\n"
+def event(data: Any, name: str | None = None) -> bytes:
+    line = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return line + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
