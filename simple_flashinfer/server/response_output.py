@@ -1,4 +1,4 @@
-"""Output items of the Responses API, made from one chat choice: the events of a stream, and the items that they add up to."""
+"""Output items of the Responses API, made from one chat choice: a stream's events, and what they add up to."""
 
 from collections.abc import Iterator
 from typing import Any, Literal

@@ -34,6 +34,9 @@ class TextFormat(_Strict):
     strict: bool | None = None
 
 
+_PLAIN = TextFormat.model_validate({"type": "text"})
+
+
 class TextConfig(_Strict):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
@@ -93,7 +96,7 @@ class ResponsesRequest(SamplingFields):
             raise invalid("text.format: only json_schema has more than a type", "text.format")
 
     def _format(self) -> TextFormat:
-        return (self.text and self.text.format) or TextFormat(type="text")
+        return (self.text and self.text.format) or _PLAIN
 
     def as_chat(self, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
         """messages: the conversation, in the words of chat completions, without the instructions."""
@@ -104,19 +107,20 @@ class ResponsesRequest(SamplingFields):
             choice = {"type": "function", "function": {"name": choice.name}}
         if self.instructions is not None:
             messages = [{"role": "system", "content": self.instructions}, *messages]
-        return ChatCompletionRequest(
-            **{name: getattr(self, name) for name in SamplingFields.model_fields},
-            messages=messages,
-            max_completion_tokens=self.max_output_tokens,
-            logprobs=bool(self.include),
-            top_logprobs=self.top_logprobs,
-            tools=[{"type": tool.pop("type"), "function": tool} for tool in tools] or None,
-            tool_choice=choice,
-            parallel_tool_calls=self.parallel_tool_calls,
-            response_format={"type": wanted.pop("type"), "json_schema": wanted or None},
-            reasoning_effort=self.reasoning.effort if self.reasoning else None,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        fields = {
+            "messages": messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "logprobs": bool(self.include),
+            "top_logprobs": self.top_logprobs,
+            "tools": [{"type": tool.pop("type"), "function": tool} for tool in tools] or None,
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": {"type": wanted.pop("type"), "json_schema": wanted or None},
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        shared = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        return ChatCompletionRequest.model_validate({**shared, **fields})
 
     def echo(self) -> dict[str, Any]:
         """What a response repeats of its request."""

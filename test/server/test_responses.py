@@ -89,12 +89,15 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     asked = {"input": QUESTION, "include": ["message.output_text.logprobs"], "top_logprobs": 2, **GREEDY}
     whole = client.responses.create(**asked)
     events = streamed(client, **asked)
-    assert without_ids(events[-1].response.model_dump()) == without_ids(whole.model_dump())
-    logprobs = whole.output[0].content[0].logprobs
-    assert len(logprobs) == 8
-    assert all(len(entry.top_logprobs) == 2 for entry in logprobs)
+    final = events[-1].response
     told = [entry.logprob for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
-    assert told == [entry.logprob for entry in logprobs]
+    assert told == [entry.logprob for entry in final.output[0].content[0].logprobs]
+    logprobs = whole.output[0].content[0].logprobs
+    assert told == pytest.approx([entry.logprob for entry in logprobs], abs=1e-4)  # the prompt is in the cache now
+    assert [len(entry.top_logprobs) for entry in logprobs] == [2] * 8
+    for response in (final, whole):
+        response.output[0].content[0].logprobs = None
+    assert without_ids(final.model_dump()) == without_ids(whole.model_dump())
 
 
 def test_lines_of_a_stream_name_their_event(client):
@@ -191,12 +194,9 @@ def test_truncation_leaves_out_the_oldest_turns(client):
         client.responses.create(input=turns, **GREEDY)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
     cut = client.responses.create(input=turns, truncation="auto", **GREEDY)
-    fitting = max(
-        (count for count in range(1, 8) if count * cut.usage.input_tokens // (8 - 1) > 0), key=lambda count: -abs(count - 1)
-    )
-    assert fitting
     last = client.responses.create(input=turns[-1:], **GREEDY)
-    assert last.usage.input_tokens < cut.usage.input_tokens <= 2048 - 8
+    room = 2048 - 8
+    assert cut.usage.input_tokens <= room < cut.usage.input_tokens + last.usage.input_tokens, "no turn more than it takes"
 
 
 @pytest.mark.parametrize(
