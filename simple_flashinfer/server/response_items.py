@@ -159,9 +159,7 @@ def conversation(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             messages.append({"role": item["role"], "content": _text(item["content"])})
         elif item["type"] == "function_call_output":
             if item["call_id"] not in calls:
-                raise invalid(
-                    f"input: there is no function_call with call_id {item['call_id']!r} before its output", "input"
-                )
+                raise invalid(f"input: no function_call has the call_id {item['call_id']!r} of this output", "input")
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
         elif item["type"] == "function_call":
             if last.get("role") != "assistant":
@@ -170,9 +168,8 @@ def conversation(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             last.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
             calls.add(item["call_id"])
         elif item["type"] == "reasoning":
-            messages.append(
-                {"role": "assistant", "content": "", "reasoning_content": _text(item["content"] or item["summary"])}
-            )
+            thought = _text(item["content"] or item["summary"])
+            messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
         elif last.get("role") == "assistant" and not last["content"]:
             last["content"] = _text(item["content"])
         else:

@@ -1,7 +1,9 @@
 """What a client may send to the Responses API, and the chat completion that it asks for."""
 
+import json
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from simple_flashinfer.server.errors import ApiError, invalid
@@ -94,6 +96,12 @@ class ResponsesRequest(SamplingFields):
             raise invalid(f"{missing} is missing", missing)
         if wanted.type != "json_schema" and wanted.model_dump(exclude_none=True).keys() > {"type"}:
             raise invalid("text.format: only json_schema has more than a type", "text.format")
+        for name, value in self.echo().items():
+            try:
+                orjson.dumps(value)
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise invalid(f"{name} can't be sent back as JSON: {error}", name) from error
 
     def _format(self) -> TextFormat:
         return (self.text and self.text.format) or _PLAIN

@@ -2,11 +2,17 @@
 
 import json
 
+import httpx
 import openai
 import pytest
 from openai.types.responses import Response
 
+from simple_flashinfer.server.choices import ChatChoice
+from simple_flashinfer.server.response_output import ResponseOutput
 from simple_flashinfer.server.response_store import ResponseStore, StoredResponse
+from simple_flashinfer.server.service import Piece
+from simple_flashinfer.text.parsing.parser import make_parser
+from simple_flashinfer.types import FinishReason
 from test.daemon import Daemon
 
 GREEDY = {"model": "demo", "temperature": 0, "max_output_tokens": 8}
@@ -171,12 +177,8 @@ def test_stored_responses(client):
     with pytest.raises(openai.BadRequestError, match="synchronous"):
         client.responses.cancel(response.id)
     client.responses.delete(response.id)
-    for ask in (
-        client.responses.retrieve,
-        client.responses.delete,
-        client.responses.cancel,
-        client.responses.input_items.list,
-    ):
+    api = client.responses
+    for ask in (api.retrieve, api.delete, api.cancel, api.input_items.list):
         with pytest.raises(openai.NotFoundError) as refused:
             ask(response.id)
         assert refused.value.code == "response_not_found"
@@ -212,6 +214,8 @@ def test_truncation_leaves_out_the_oldest_turns(client):
         ("tool_choice", {"tool_choice": "required"}),
         ("text.format.schema", {"text": {"format": {"type": "json_schema", "name": "x"}}}),
         ("text.format", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}}),
+        ("tools", {"tools": [{**TOOL, "parameters": {"maximum": 10**30}}]}),
+        ("stream_options", {"stream_options": {"include_obfuscation": False}}),
         ("include.0", {"include": ["reasoning.encrypted_content"]}),
         ("top_logprobs", {"top_logprobs": 2}),
         ("reasoning.effort", {"reasoning": {"effort": "huge"}}),
@@ -230,6 +234,46 @@ def test_an_error_names_the_field(client, field, arguments):
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(**{"input": "x", **GREEDY, **arguments})
     assert refused.value.param == field
+
+
+def test_a_failure_is_the_last_event(client):
+    url = str(client.base_url).replace("/v1/", "/tokenize")
+    (letter,) = httpx.post(url, json={"prompt": "a"}).json()["tokens"]
+    never = {"allowed_token_ids": [letter], "structured_outputs": {"regex": "a{60}[0-9]"}}
+    *_, last = client.responses.create(model="demo", input="x", stream=True, extra_body=never)
+    assert (last.type, last.response.status, last.response.error.code) == ("response.failed", "failed", "server_error")
+    assert "forbidden" in last.response.error.message
+    with pytest.raises(openai.InternalServerError, match="forbidden"):
+        client.responses.create(model="demo", input="x", extra_body=never)
+
+
+ANSWER = """<think>Two of
+them.</think>
+
+I ask.
+<tool_call>
+{"name": "lookup", "arguments": {"kind": "a"}}
+</tool_call>
+<tool_call>
+{"name": "lookup", "arguments": {"kind": "b"}}
+</tool_call>"""
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 1000])
+def test_items_do_not_depend_on_how_the_text_is_cut(size):
+    tool = {"type": "function", "function": {"name": "lookup", "parameters": TOOL["parameters"]}}
+    parser = make_parser("hermes", "think", tools=[tool])
+    output = ResponseOutput(ChatChoice(None, parser, tool_named=False, token_ids=False))
+    events = []
+    for start in range(0, len(ANSWER), size):
+        final = FinishReason.STOP if start + size >= len(ANSWER) else None
+        events += output.push(Piece(ANSWER[start : start + size], [1], [], final))
+    thought, message, *calls = output.items()
+    assert thought["content"] == [{"type": "reasoning_text", "text": "Two of\nthem."}]
+    assert message["content"][0]["text"].strip() == "I ask."
+    assert [json.loads(call["arguments"]) for call in calls] == [{"kind": "a"}, {"kind": "b"}]
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == output.items()
+    assert {item["status"] for item in output.items()} == {"completed"}
 
 
 def test_the_store_forgets_what_was_not_used():
