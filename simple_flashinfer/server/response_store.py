@@ -12,7 +12,7 @@ _MAX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """items: the conversation up to and with this response's output; the last of those before it are its own input."""
+    """input_items: its own request's. items: the whole conversation, output included and instructions not."""
 
     response: dict[str, Any]
     input_items: list[dict[str, Any]]

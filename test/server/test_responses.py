@@ -122,6 +122,8 @@ def test_a_schema_is_kept(client):
     assert json.loads(response.output_text).keys() == {"name", "age"}
     assert response.text.format.schema_ == SCHEMA
     assert streamed(client, **asked)[-1].response.output_text == response.output_text
+    with client.responses.stream(**asked) as stream:  # the client's own reading of the events
+        assert stream.get_final_response().output_text == response.output_text
 
 
 def test_an_earlier_response_is_continued(client):
@@ -274,6 +276,14 @@ def test_items_do_not_depend_on_how_the_text_is_cut(size):
     assert [json.loads(call["arguments"]) for call in calls] == [{"kind": "a"}, {"kind": "b"}]
     assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == output.items()
     assert {item["status"] for item in output.items()} == {"completed"}
+
+
+@pytest.mark.parametrize("field", ["input", "user", "tools"])
+def test_half_a_character_is_refused(client, field):
+    half = {"input": '"\\ud800"', "user": '"\\ud800"', "tools": json.dumps([{**TOOL, "parameters": {"title": "\ud800"}}])}
+    body = f'{{"input": "x", "tool_choice": "none", "{field}": {half[field]}}}'
+    answer = httpx.post(str(client.base_url) + "responses", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def test_the_store_forgets_what_was_not_used():
