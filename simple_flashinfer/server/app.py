@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 
 from simple_flashinfer import __version__
-from simple_flashinfer.server import chat, completions, messages, status, tokens
+from simple_flashinfer.server import chat, completions, messages, responses, status, tokens
 from simple_flashinfer.server.errors import ApiError, add_error_handlers
 from simple_flashinfer.server.service import Service
 
@@ -24,7 +24,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     add_error_handlers(app)
     guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
-    for router in (chat.router, completions.router, messages.router, tokens.router, status.router):
+    for router in (chat.router, completions.router, messages.router, responses.router, tokens.router, status.router):
         app.include_router(router, dependencies=guarded)
     app.include_router(status.public)
     return app

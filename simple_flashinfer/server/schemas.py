@@ -52,14 +52,12 @@ class StructuredOutputs(BaseModel):
     grammar: str | None = None
 
 
-class GenerationRequest(BaseModel):
-    """What chat and plain completions share. None is the same as leaving a field out."""
+class SamplingFields(BaseModel):
+    """What all generating endpoints share. None is the same as leaving a field out."""
 
     model_config = ConfigDict(extra="allow", strict=True)  # strict: "3" and true are no numbers
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -78,19 +76,29 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = Field(None, min_length=1)
     bad_words: list[str] | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     structured_outputs: StructuredOutputs | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
-    return_token_ids: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def refuse_unsupported(self) -> None:
         """Raises a 400 for the first field that is not supported and asks for something."""
         for name, value in (self.model_extra or {}).items():
             if not _asks_for_nothing(name, value):
                 raise invalid(f"{name} is not supported with this value; leave it out", name, "unsupported_parameter")
+
+
+class GenerationRequest(SamplingFields):
+    """What chat and plain completions share."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    return_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
 

@@ -13,6 +13,7 @@ from simple_flashinfer.config import Config
 from simple_flashinfer.engine.async_engine import AsyncEngine
 from simple_flashinfer.engine.requests import ContextLengthError, RequestFactory
 from simple_flashinfer.server.errors import ApiError, invalid
+from simple_flashinfer.server.response_store import ResponseStore
 from simple_flashinfer.server.schemas import GenerationRequest
 from simple_flashinfer.text.tokenizer import ChatTemplateError, Tokenizer
 from simple_flashinfer.types import EngineRequest, FinishReason, TokenLogprobs
@@ -59,6 +60,7 @@ class Service:
     tokenizer: Tokenizer
     requests: RequestFactory
     created: int = field(default_factory=lambda: int(time.time()))
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, "model", self.config.model_name, self.config.model):
