@@ -22,8 +22,8 @@ class ClientLeftError(Exception):
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    line = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return line + b"data: " + orjson.dumps(data) + b"\n\n"
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
