@@ -12,7 +12,7 @@ from starlette.responses import Response
 from simple_flashinfer.server.chat import chat_answers, chat_prompt
 from simple_flashinfer.server.errors import anthropic_body, as_api_error
 from simple_flashinfer.server.message_schemas import CountTokensRequest, MessagesRequest
-from simple_flashinfer.server.respond import Answer, Numbered, send
+from simple_flashinfer.server.respond import Answer, Numbered, generate_all, send
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
 from simple_flashinfer.server.sse import event
 
@@ -30,7 +30,7 @@ _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 async def messages(body: MessagesRequest, http: Request) -> Response:
     service = service_of(http)
     (answer,) = await chat_answers(service, body.for_chat())
-    return await send(http, service, [answer], _Message(service, answer), stream=bool(body.stream))
+    return await send(http, generate_all(service, [answer]), _Message(service, answer), stream=bool(body.stream))
 
 
 @router.post("/v1/messages/count_tokens")

@@ -41,6 +41,16 @@ class Answer:
 Numbered = tuple[int, Piece]
 
 
+class Telling(Protocol):
+    """How answers are told, in the words of one API or another."""
+
+    async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]:
+        """The body of a plain response."""
+
+    def events(self, first: Numbered, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; a failure is the last of them."""
+
+
 async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
     """Pieces of all answers as they come, with the answer's index.
 
@@ -86,35 +96,25 @@ async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerato
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Reply(Protocol):
-    """How answers are told, in the words of one API or another. Reads the pieces of all answers to their end."""
-
-    async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]:
-        """The body of a plain response."""
-
-    def events(self, first: Numbered, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; a failure is the last of them."""
-
-
 async def respond(
     http: Request, service: Service, body: GenerationRequest, answers: list[Answer], wording: Wording
 ) -> Response:
-    return await send(http, service, answers, _Choices(service, body, answers, wording), stream=bool(body.stream))
+    telling = _Choices(service, body, answers, wording)
+    return await send(http, generate_all(service, answers), telling, stream=bool(body.stream))
 
 
-async def send(http: Request, service: Service, answers: list[Answer], reply: Reply, *, stream: bool) -> Response:
+async def send(http: Request, pieces: AsyncGenerator[Numbered, None], telling: Telling, *, stream: bool) -> Response:
     """Waits for the first piece in any case, so that an early failure still gets its proper status."""
-    pieces = generate_all(service, answers)
     try:
         if not stream:
-            return JSONResponse(await until_disconnect(http.receive, reply.whole(pieces)))
+            return JSONResponse(await until_disconnect(http.receive, telling.whole(pieces)))
         first = await until_disconnect(http.receive, anext(pieces))
     except ClientLeftError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
         if not stream:
             await pieces.aclose()
-    return EventStream(reply.events(first, pieces), pieces)
+    return EventStream(telling.events(first, pieces), pieces)
 
 
 class _Choices:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from simple_flashinfer.server.chat import chat_answers
 from simple_flashinfer.server.choices import ChatChoice
 from simple_flashinfer.server.errors import ApiError, as_api_error, invalid
-from simple_flashinfer.server.respond import Answer, Numbered, send
+from simple_flashinfer.server.respond import Answer, Numbered, generate_all, send
 from simple_flashinfer.server.response_items import conversation, new_id, parse_input
 from simple_flashinfer.server.response_output import Event, ResponseOutput
 from simple_flashinfer.server.response_schema import ResponsesRequest, in_words_of_responses
@@ -31,7 +31,7 @@ async def create_response(body: ResponsesRequest, http: Request) -> Response:
     items = [*_earlier_items(service, body.previous_response_id), *input_items]
     answer = await _answer(service, body, conversation(items))
     reply = _Reply(service, body, answer, input_items, items)
-    return await send(http, service, [answer], reply, stream=bool(body.stream))
+    return await send(http, generate_all(service, [answer]), reply, stream=bool(body.stream))
 
 
 def _earlier_items(service: Service, id_: str | None) -> list[dict[str, Any]]:
