@@ -9,7 +9,8 @@ from fastapi import Depends, FastAPI, Request
 
 from simple_flashinfer import __version__
 from simple_flashinfer.server import chat, completions, status, tokens
-from simple_flashinfer.server.errors import ApiError, add_error_handlers
+from simple_flashinfer.server.body import BodyLimit
+from simple_flashinfer.server.errors import RESPONSES, ApiError, add_error_handlers
 from simple_flashinfer.server.service import Service
 
 
@@ -23,10 +24,12 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="simple-flashinfer", version=__version__, lifespan=lifespan)
     app.state.service = service
     add_error_handlers(app)
+    context = service.engine.info.max_model_len
+    app.add_middleware(BodyLimit, max_bytes=context * service.tokenizer.longest_token, max_colons=context)
     guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
     for router in (chat.router, completions.router, tokens.router, status.router):
-        app.include_router(router, dependencies=guarded)
-    app.include_router(status.public)
+        app.include_router(router, dependencies=guarded, responses=RESPONSES)
+    app.include_router(status.public, responses=RESPONSES)
     return app
 
 
