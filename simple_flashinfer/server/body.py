@@ -13,48 +13,51 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_SPARE_BYTES = 16 * 2**20
-_SPARE_COLONS = 16_384
+_SPARE_BYTES = 16 * 2**20  # for names, escapes, tools and schemas
+_SPARE_PARTS = 16_384
 
 
 class BodyLimit:
     """Middleware that ends a larger body with a 413, whether its length is told beforehand or not.
 
-    max_bytes: the longest text of use to the model; names, escapes and schemas get 16 MiB besides.
-    max_colons: a text has about a token for each; the fields of objects, which have one each, get 16,384 besides.
+    Parts are counted by the characters that begin them, which are counted in texts too: there, one token has about one.
+
+    max_bytes: of the longest text that the model can read. max_tokens: of one prompt. max_prompts: of one request.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_colons: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_tokens: int, max_prompts: int) -> None:
         self._app = app
         self._max_bytes = _SPARE_BYTES + max_bytes
-        self._max_colons = _SPARE_COLONS + max_colons
+        self._most = (
+            ("lists, objects and fields", b"[{:", _SPARE_PARTS + 2 * max_tokens),
+            ("values", b",", _SPARE_PARTS + max_prompts * max_tokens),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # the server has checked that it is a number
-        num_bytes, num_colons = int(dict(scope["headers"]).get(b"content-length", 0)), 0
-        told = num_bytes > 0
+        told = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has checked that it is a number
+        num_bytes, counts = 0, [0] * len(self._most)
 
         async def limited() -> Message:
-            nonlocal num_bytes, num_colons
-            self._check(num_bytes, num_colons)
+            nonlocal num_bytes
+            self._check("bytes", told, self._max_bytes)
             message = await receive()
-            if message["type"] == "http.request":
-                chunk = message.get("body", b"")
-                num_bytes += 0 if told else len(chunk)
-                num_colons += chunk.count(b":")
-                self._check(num_bytes, num_colons)
+            if chunk := message.get("body"):
+                num_bytes += len(chunk)
+                self._check("bytes", num_bytes, self._max_bytes)
+                for index, (name, marks, most) in enumerate(self._most):
+                    counts[index] += sum(map(chunk.count, marks))
+                    self._check(name, counts[index], most)
             return message
 
         await self._app(scope, limited, send)
 
-    def _check(self, num_bytes: int, num_colons: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise HTTPException(413, f"The request body may have {self._max_bytes} bytes at most.")
-        if num_colons > self._max_colons:
-            raise HTTPException(413, f"The request body may have {self._max_colons} fields at most.")
+    @staticmethod
+    def _check(name: str, count: int, most: int) -> None:
+        if count > most:
+            raise HTTPException(413, f"The request body may have {most} {name} at most")
 
 
 class _StrictRequest(Request):
