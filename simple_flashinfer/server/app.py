@@ -9,7 +9,9 @@ from fastapi import Depends, FastAPI, Request
 
 from simple_flashinfer import __version__
 from simple_flashinfer.server import chat, completions, messages, responses, status, tokens
-from simple_flashinfer.server.errors import ApiError, add_error_handlers
+from simple_flashinfer.server.body import BodyLimit
+from simple_flashinfer.server.errors import RESPONSES, ApiError, add_error_handlers
+from simple_flashinfer.server.schemas import MAX_CHOICES
 from simple_flashinfer.server.service import Service
 
 
@@ -23,10 +25,14 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="simple-flashinfer", version=__version__, lifespan=lifespan)
     app.state.service = service
     add_error_handlers(app)
+    context = service.engine.info.max_model_len
+    app.add_middleware(
+        BodyLimit, max_bytes=context * service.tokenizer.longest_token, max_tokens=context, max_prompts=MAX_CHOICES
+    )
     guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
     for router in (chat.router, completions.router, messages.router, responses.router, tokens.router, status.router):
-        app.include_router(router, dependencies=guarded)
-    app.include_router(status.public)
+        app.include_router(router, dependencies=guarded, responses=RESPONSES)
+    app.include_router(status.public, responses=RESPONSES)
     return app
 
 

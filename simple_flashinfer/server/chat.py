@@ -3,13 +3,14 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.choices import ChatChoice
 from simple_flashinfer.server.respond import Answer, Wording, respond
 from simple_flashinfer.server.schemas import ChatCompletionRequest, NamedTool
 from simple_flashinfer.server.service import Service, service_of
 from simple_flashinfer.server.structured import forced_call, structured_answer
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 _WORDING = Wording("chatcmpl-", "chat.completion", "chat.completion.chunk")
 
 

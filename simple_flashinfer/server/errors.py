@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from simple_flashinfer.engine.async_engine import QueueFullError
@@ -17,9 +18,35 @@ from simple_flashinfer.types import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
+_MAX_MESSAGE = 600  # characters; what a client sent may be in it
+_MAX_NAME = 100
 _RETRY_AFTER_SECONDS = "1"
 _ANTHROPIC_PATHS = {"/messages", "/messages/count_tokens"}
+_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 _UNION_BRANCHES = {"str", "int"}  # pydantic's names for them in the path of an error
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetails
+
+
+# for the OpenAPI document
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request can't be served as it is; `param` names the field"},
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    404: {"model": ErrorBody, "description": "There is no such address or model"},
+    413: {"model": ErrorBody, "description": "The request body is too large"},
+    "4XX": {"model": ErrorBody, "description": "Any other mistake of the client"},
+    500: {"model": ErrorBody, "description": "A mistake of the server"},
+    503: {"model": ErrorBody, "description": "The server is full (try again), or its engine stopped working"},
+}
 
 
 class ApiError(Exception):
@@ -33,11 +60,20 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.status, self.code, self.headers = status, code, headers
+        self.message = _shortened(message, _MAX_MESSAGE)
+        self.param = None if param is None else _shortened(param, _MAX_NAME)
 
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}}
+
+
+def _shortened(text: str, most: int) -> str:
+    """Its beginning and end; always valid Unicode."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _type(status: int) -> str:
@@ -114,7 +150,7 @@ def add_error_handlers(app: FastAPI) -> None:
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers) if error.headers else None
-        code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = _CODES.get(error.status_code)
         return respond(request, ApiError(error.status_code, message, code=code, headers=headers))
 
     # named one by one: for a plain Exception starlette logs a traceback as well

@@ -17,6 +17,7 @@ from simple_flashinfer.server.schemas import (
     ChatCompletionRequest,
     ChatMessage,
     FunctionCall,
+    ListOf,
     NamedFunction,
     NamedTool,
     Tool,
@@ -70,7 +71,7 @@ class ToolUseBlock(_Strict):
 class ToolResultBlock(_Strict):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | ListOf[TextBlock] | None = None
     is_error: bool | None = None
     cache_control: Any = None
 
@@ -110,7 +111,7 @@ def _text(content: str | list[TextBlock]) -> str:
 
 class Message(_Strict):
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | ListOf[Block]
 
     def for_chat(self, place: str) -> Iterator[ChatMessage]:
         """A chat has each tool's result as a message of its own, and calls after the text."""
@@ -203,9 +204,9 @@ class CountTokensRequest(_Strict):
     """What makes up a prompt."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
-    tools: list[ToolDefinition] | None = Field(None, max_length=128)
+    messages: ListOf[Message] = Field(min_length=1)
+    system: str | ListOf[TextBlock] | None = None
+    tools: ListOf[ToolDefinition] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: Any = None
@@ -259,7 +260,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None = Field(
+    stop_sequences: ListOf[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None = Field(
         None, max_length=MAX_STOP_STRINGS
     )
     stream: bool | None = None

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic_core import from_json
 from starlette.responses import Response
 
+from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.chat import chat_answers, chat_prompt
 from simple_flashinfer.server.errors import anthropic_body, as_api_error
 from simple_flashinfer.server.message_schemas import CountTokensRequest, MessagesRequest
@@ -16,7 +17,7 @@ from simple_flashinfer.server.respond import Answer, Numbered, generate_all, sen
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
 from simple_flashinfer.server.sse import event
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 _DELTAS = {  # of the types of blocks: what a delta is called, and where its text is
     "thinking": ("thinking_delta", "thinking"),
     "text": ("text_delta", "text"),

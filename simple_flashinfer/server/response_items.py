@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from simple_flashinfer.server.errors import invalid
+from simple_flashinfer.server.schemas import ListOf
 
 _FOR_BOOKKEEPING = {"annotations", "logprobs", "phase"}  # of an answer that is sent back
 
@@ -46,7 +47,7 @@ class _Item(_Strict):
 class _Message(_Item):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[_TextPart]
+    content: str | ListOf[_TextPart]
 
     def parts(self) -> list[tuple[str, _Strict]]:
         return [] if isinstance(self.content, str) else [(f"content.{i}", part) for i, part in enumerate(self.content)]
@@ -79,7 +80,7 @@ class _FunctionCall(_Item):
 class _FunctionCallOutput(_Item):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[_TextPart]
+    output: str | ListOf[_TextPart]
 
     def parts(self) -> list[tuple[str, _Strict]]:
         return [] if isinstance(self.output, str) else [(f"output.{i}", part) for i, part in enumerate(self.output)]
@@ -96,8 +97,8 @@ class _Reasoning(_Item):
     """A summary stands for the reasoning where that itself is not given."""
 
     type: Literal["reasoning"]
-    summary: list[_ReasoningPart] = Field(default_factory=list)
-    content: list[_ReasoningPart] | None = None
+    summary: ListOf[_ReasoningPart] = Field(default_factory=list)
+    content: ListOf[_ReasoningPart] | None = None
 
     def parts(self) -> list[tuple[str, _Strict]]:
         named = {"summary": self.summary, "content": self.content or []}

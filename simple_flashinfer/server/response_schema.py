@@ -7,7 +7,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from simple_flashinfer.server.errors import ApiError, invalid
-from simple_flashinfer.server.schemas import ChatCompletionRequest, SamplingFields
+from simple_flashinfer.server.schemas import TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields
 from simple_flashinfer.types import MAX_LOGPROBS
 
 
@@ -17,7 +17,7 @@ class _Strict(BaseModel):
 
 class FunctionTool(_Strict):
     type: Literal["function"]
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -58,13 +58,13 @@ class ResponseStreamOptions(_Strict):
 class ResponsesRequest(SamplingFields):
     """None is the same as leaving a field out."""
 
-    input: str | list[dict[str, Any]] = Field(min_length=1)
+    input: str | ListOf[dict[str, Any]] = Field(min_length=1)
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: ListOf[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[FunctionTool] | None = Field(None, max_length=128)
+    tools: ListOf[FunctionTool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.chat import chat_answers
 from simple_flashinfer.server.choices import ChatChoice
 from simple_flashinfer.server.errors import ApiError, as_api_error, invalid
@@ -19,7 +20,7 @@ from simple_flashinfer.server.response_store import StoredResponse
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
 from simple_flashinfer.server.sse import event
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 
 
 @router.post("/v1/responses")

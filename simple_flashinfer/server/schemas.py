@@ -5,14 +5,19 @@ A field that is not listed here is refused by name, unless its value asks for no
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from simple_flashinfer.server.errors import invalid
+from simple_flashinfer.text.grammar import MAX_GRAMMAR_LENGTH
 from simple_flashinfer.types import MAX_LOGPROBS, SamplingParams
 
+MAX_TOOLS = 128
 MAX_CHOICES = 128  # of one request: n, times prompts
+
+T = TypeVar("T")
+ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]  # errors for a million elements would take half a minute
 
 # For bookkeeping on OpenAI's side: they ask for nothing here, whatever their value.
 INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -47,9 +52,9 @@ class StructuredOutputs(BaseModel):
     # `json` would hide a method of BaseModel
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    regex: str | None = Field(None, max_length=MAX_GRAMMAR_LENGTH)
+    choice: ListOf[str] | None = None
+    grammar: str | None = Field(None, max_length=MAX_GRAMMAR_LENGTH)
 
 
 class SamplingFields(BaseModel):
@@ -67,15 +72,15 @@ class SamplingFields(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | ListOf[str] | None = None
+    stop_token_ids: ListOf[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    bad_words: list[str] | None = None
+    allowed_token_ids: ListOf[int] | None = Field(None, min_length=1)
+    bad_words: ListOf[str] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
 
@@ -214,9 +219,9 @@ _FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "s
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | ListOf[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -253,11 +258,11 @@ def call_for_template(call: ToolCall, place: str) -> dict[str, Any]:
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: ListOf[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -282,9 +287,7 @@ class ChatCompletionRequest(GenerationRequest):
         return [message.for_template(index) for index, message in enumerate(self.messages)]
 
     def template_kwargs(self) -> dict[str, Any]:
-        kwargs = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in _RESERVED}
-        if len(kwargs) < len(self.chat_template_kwargs or {}):
-            raise invalid(f"chat_template_kwargs must not have {', '.join(_RESERVED)}", "chat_template_kwargs")
+        kwargs = check_template_kwargs(self.chat_template_kwargs)
         if self.reasoning_effort is not None:
             kwargs["reasoning_effort"] = self.reasoning_effort
             kwargs.setdefault("enable_thinking", self.reasoning_effort != "none")
@@ -320,7 +323,7 @@ class ChatCompletionRequest(GenerationRequest):
         return self.active_tools() if self.tool_choice == "required" else []
 
 
-_RESERVED = (
+_RESERVED = {
     "add_generation_prompt",
     "continue_final_message",
     "messages",
@@ -328,17 +331,32 @@ _RESERVED = (
     "tokenize",
     "conversation",
     "chat_template",
-)
+}
+
+
+def check_template_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy. Raises a 400 for what a client must not set so; a template of its own could run for ever."""
+    if not _RESERVED.isdisjoint(given or ()):
+        raise invalid(f"chat_template_kwargs must not have {', '.join(sorted(_RESERVED))}", "chat_template_kwargs")
+    return dict(given or {})
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | ListOf[int] | ListOf[str] | ListOf[ListOf[int]]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _check_number(cls, prompt: Any) -> Any:
+        """Before a million lists are looked at."""
+        if isinstance(prompt, list) and len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+            raise ValueError(f"{len(prompt)} prompts are more than {MAX_CHOICES}")
+        return prompt
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()

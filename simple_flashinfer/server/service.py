@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,8 @@ from simple_flashinfer.server.schemas import GenerationRequest
 from simple_flashinfer.text.tokenizer import ChatTemplateError, Tokenizer
 from simple_flashinfer.types import EngineRequest, FinishReason, TokenLogprobs
 
-_LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requests: a thread does it
+LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requests: a thread does it
+_SPARE_VALUES = 16_384  # in messages and tools, besides one for each token of the context
 
 
 @dataclass(slots=True)
@@ -69,12 +70,12 @@ class Service:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    async def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], **kwargs: Any) -> str:
+    async def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], /, **kwargs: Any) -> str:
         """A conversation in the words of the model's chat template. Raises a 400."""
-        texts = list(_strings([*messages, tools]))
+        texts = self._texts([messages, tools])
         self._check_text(texts, "messages")
         try:
-            if sum(map(len, texts)) > _LONG_TEXT:
+            if len(texts) + sum(map(len, texts)) > LONG_TEXT:
                 return await asyncio.to_thread(self.tokenizer.render_chat, messages, tools, **kwargs)
             return self.tokenizer.render_chat(messages, tools, **kwargs)
         except ChatTemplateError as error:
@@ -84,9 +85,23 @@ class Service:
         if isinstance(prompt, list):
             return prompt
         self._check_text([prompt], param)
-        if len(prompt) > _LONG_TEXT:
+        if len(prompt) > LONG_TEXT:
             return await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens)
         return self.tokenizer.encode(prompt, add_special_tokens)
+
+    def _texts(self, value: Any) -> list[str]:
+        """All inside of lists and dicts, however deep, with an empty one for each other value. Raises a 400 for too many."""
+        most = _SPARE_VALUES + self.engine.info.max_model_len
+        found, rest = list[str](), [value]
+        while rest:
+            value = rest.pop()
+            if isinstance(value, dict | list) and value:
+                rest += value.values() if isinstance(value, dict) else value
+            else:
+                found.append(value if isinstance(value, str) else "")
+            if len(found) + len(rest) > most:
+                raise invalid(f"messages and tools have more than {most} values", "messages")
+        return found
 
     def _check_text(self, texts: list[str], param: str) -> None:
         """Raises a 400 for what is no text, and for what is too long whatever its tokens are, before it is tokenized."""
@@ -146,17 +161,6 @@ class Service:
                 )
                 if delta.finish_reason is not None:
                     return
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All texts inside of lists and dicts, however deep."""
-    rest = [value]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            rest += value.values() if isinstance(value, dict) else value
 
 
 def service_of(request: Request) -> Service:

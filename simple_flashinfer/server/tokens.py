@@ -1,15 +1,18 @@
 """Text to tokens and back, as vLLM's server has it, and the one thing that a causal language model does not give."""
 
+import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.errors import ApiError, invalid
-from simple_flashinfer.server.schemas import ChatMessage, Tool
-from simple_flashinfer.server.service import service_of
+from simple_flashinfer.server.schemas import MAX_TOOLS, ChatMessage, ListOf, Tool, check_template_kwargs
+from simple_flashinfer.server.service import LONG_TEXT, service_of
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 
 
 class TokenizeRequest(BaseModel):
@@ -18,8 +21,8 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: ListOf[ChatMessage] | None = Field(None, min_length=1)
+    tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -29,7 +32,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 @router.post("/tokenize")
@@ -42,7 +45,10 @@ async def tokenize(body: TokenizeRequest, http: Request) -> dict[str, Any]:
     if body.messages is not None:
         messages = [message.for_template(index) for index, message in enumerate(body.messages)]
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        kwargs = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt is not False}
+        kwargs = {
+            **check_template_kwargs(body.chat_template_kwargs),
+            "add_generation_prompt": body.add_generation_prompt is not False,
+        }
         text = await service.render(messages, tools, **kwargs)
         token_ids = await service.tokenize(text, body.add_special_tokens is True, "messages")
     else:
@@ -59,9 +65,10 @@ async def detokenize(body: DetokenizeRequest, http: Request) -> dict[str, str]:
     service = service_of(http)
     service.check_model(body.model)
     size = service.engine.info.vocab_size
-    if any(not 0 <= token < size for token in body.tokens):
+    if body.tokens and (min(body.tokens) < 0 or max(body.tokens) >= size):
         raise invalid(f"tokens has token ids outside of 0 to {size - 1}", "tokens")
-    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    decode = partial(service.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return {"prompt": await asyncio.to_thread(decode) if len(body.tokens) > LONG_TEXT else decode()}
 
 
 @router.post("/v1/embeddings")

@@ -74,6 +74,8 @@ def choice_grammar(options: Sequence[str]) -> str:
     """The output is one of these texts."""
     if not options or not all(options):
         raise GrammarError("a choice needs at least one option, and none may be empty")
+    if sum(map(len, options)) > MAX_GRAMMAR_LENGTH:
+        raise GrammarError(f"the options may have {MAX_GRAMMAR_LENGTH} characters at most")
 
     def literal(text: str) -> str:
         return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)

@@ -51,7 +51,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)  # type: ignore[no-any-return]
 
     def render_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **template_kwargs: Any
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), /, **template_kwargs: Any
     ) -> str:
         """A conversation as text, up to where the assistant is to answer. Raises ChatTemplateError."""
         if not self._tokenizer.chat_template:
