@@ -157,19 +157,15 @@ def test_turns_of_one_speaker_are_one(client):
     )
 
 
-@pytest.mark.parametrize(
-    "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": TOOL["name"]}]
-)
-def test_a_forced_call_and_its_result(caller, choice):
-    request = {"tools": [TOOL], "tool_choice": choice, **GREEDY, "max_tokens": 1000}  # much of it may be white space
-    if choice["type"] == "tool":
-        request["tool_choice"]["disable_parallel_tool_use"] = True
-    answer = caller.messages.create(messages=HELLO, **request)
+def test_a_forced_call_and_its_result(caller):
+    request = {"messages": HELLO, "tools": [TOOL], **GREEDY, "max_tokens": 1000}  # much of it may be white space
+    answer = caller.messages.create(tool_choice={"type": "any", "disable_parallel_tool_use": True}, **request)
     (call,) = answer.content
     assert (call.type, call.name, answer.stop_reason) == ("tool_use", TOOL["name"], "tool_use")
     assert call.input.keys() == {"city", "days"}
     assert call.input["city"] in ("Rome", "Oslo")
-    with caller.messages.stream(messages=HELLO, **request) as stream:
+    named = {"type": "tool", "name": TOOL["name"], "disable_parallel_tool_use": True}  # the same: it is the only one
+    with caller.messages.stream(tool_choice=named, **request) as stream:
         final = stream.get_final_message()
     assert (final.content[0].input, final.stop_reason) == (call.input, "tool_use")
     result = [
