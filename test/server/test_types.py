@@ -9,7 +9,7 @@ from openai.types import Completion, completion_create_params
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat import completion_create_params as chat_create_params
 
-from simple_flashinfer.server.schemas import _INERT, _NEUTRAL, ChatCompletionRequest, CompletionRequest
+from simple_flashinfer.server.schemas import _NEUTRAL, INERT, ChatCompletionRequest, CompletionRequest
 
 # Parameters that are refused when they ask for something, and why.
 REFUSED = {
@@ -36,7 +36,7 @@ REFUSED = {
 )
 def test_every_parameter_of_openai_s_is_known(theirs, ours, refused):
     names = typing.get_type_hints(theirs).keys()
-    known = ours.model_fields.keys() | _INERT | _NEUTRAL.keys()
+    known = ours.model_fields.keys() | INERT | _NEUTRAL.keys()
     assert names - known == refused.keys(), "take it in, or say why not"
 
 
