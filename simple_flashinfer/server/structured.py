@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from simple_flashinfer.server.errors import invalid
@@ -32,14 +32,20 @@ async def structured_answer(service: Service, prompt: str, body: ChatCompletionR
         raise invalid("response_format and structured_outputs exclude each other", "structured_outputs")
     if given is not None:
         return await _checked_grammar(
-            lambda: _behind_reasoning(service, prompt, _of_structured_outputs(given)), "structured_outputs"
+            lambda marks: _behind_reasoning(service, prompt, _of_structured_outputs(given), marks),
+            "structured_outputs",
+            service.tokenizer.grammar_tokens,
         )
     if wanted is None or wanted.type == "text":
         return ""
-    return await _checked_grammar(lambda: _behind_reasoning(service, prompt, _of_response_format(wanted)), "response_format")
+    return await _checked_grammar(
+        lambda marks: _behind_reasoning(service, prompt, _of_response_format(wanted), marks),
+        "response_format",
+        service.tokenizer.grammar_tokens,
+    )
 
 
-def _behind_reasoning(service: Service, prompt: str, grammar: str) -> str:
+def _behind_reasoning(service: Service, prompt: str, grammar: str, marks: Mapping[str, int]) -> str:
     """A model that reasons in a chat does so before the answer; a plain completion (no prompt here) is all answer."""
     tokenizer = service.tokenizer
     if not prompt or tokenizer.reasoning_format is None:
@@ -48,7 +54,7 @@ def _behind_reasoning(service: Service, prompt: str, grammar: str) -> str:
         grammar,
         tokenizer.reasoning_format,
         starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
-        special_tokens=tokenizer.special_tokens,
+        special_tokens=marks,
     )
 
 
@@ -86,28 +92,29 @@ async def forced_call(
             "tool_choice",
         )
 
-    def make() -> str:
+    def make(marks: Mapping[str, int]) -> str:
         lark = call_grammar(
             str(tokenizer.tool_format),
             tools,
             parallel=parallel,
-            special_tokens=tokenizer.special_tokens,
+            special_tokens=marks,
             reasoning_format=tokenizer.reasoning_format,
             starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
         )
         return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
-    return await _checked_grammar(make, "tools")
+    return await _checked_grammar(make, "tools", tokenizer.grammar_tokens)
 
 
-async def _checked_grammar(make: Callable[[], str], param: str) -> str:
+async def _checked_grammar(make: Callable[[Mapping[str, int]], str], param: str, marks: Mapping[str, int]) -> str:
+    """make(marks): the grammar with these tokens named by number; it is checked with them as text, without a vocabulary."""
     try:
-        grammar = await asyncio.to_thread(make)
-        if grammar not in _checked:
-            await asyncio.to_thread(check_grammar, grammar)
-            _checked[grammar] = None
+        checked = await asyncio.to_thread(make, {})
+        if checked not in _checked:
+            await asyncio.to_thread(check_grammar, checked)
+            _checked[checked] = None
             if len(_checked) > _MAX_CHECKED:
                 _checked.popitem(last=False)
+        return await asyncio.to_thread(make, marks)
     except (GrammarError, RecursionError) as error:
         raise invalid(f"{param}: {error}", param) from error
-    return grammar

@@ -80,6 +80,12 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         return {str(token): id_ for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special}
 
+    @cached_property
+    def grammar_tokens(self) -> dict[str, int]:
+        """Tokens that a grammar has to name by number: llguidance takes added tokens in angle brackets for special ones."""
+        added = {str(token): id_ for id_, token in self._tokenizer.added_tokens_decoder.items()}
+        return {text: id_ for text, id_ in added.items() if text in self.special_tokens or (text[:1] + text[-1:] == "<>")}
+
     def detokenizer(self, params: SamplingParams, shown: frozenset[str] = frozenset()) -> Detokenizer:
         """shown: special tokens that are part of the text."""
         hidden = {id_ for text, id_ in self.special_tokens.items() if text not in shown}
