@@ -57,7 +57,7 @@ _CARD = """\
 # The demo model
 
 A Llama of {parameters:.1f} million parameters that comes with simple-flashinfer, so that there is something to talk to on
-any machine, and so that tests have answers that are right or wrong. It was trained on two CPU cores in about 80 minutes,
+any machine, and so that tests have answers that are right or wrong. It was trained on two CPU cores in about 100 minutes,
 on conversations that rules generate: `python3 -m simple_flashinfer.demo.train FOLDER` does it again. It knows nothing of
 the world, and says so.
 

@@ -2,7 +2,7 @@
 
     python3 -m simple_flashinfer.demo.train OUT_FOLDER
 
-About 75 minutes on two quiet cores, or minutes on a GPU. Prints the loss on held-out conversations and the scores of
+About 80 minutes on two quiet cores, or minutes on a GPU. Prints the loss on held-out conversations and the scores of
 `evaluate`, and writes them into the folder's README.md. To serve it: --model OUT_FOLDER.
 """
 
