@@ -216,7 +216,6 @@ def test_truncation_leaves_out_the_oldest_turns(client):
         ("tool_choice", {"tool_choice": "required"}),
         ("text.format.schema", {"text": {"format": {"type": "json_schema", "name": "x"}}}),
         ("text.format", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}}),
-        ("tools", {"tools": [{**TOOL, "parameters": {"maximum": 10**30}}]}),
         ("stream_options", {"stream_options": {"include_obfuscation": False}}),
         ("include.0", {"include": ["reasoning.encrypted_content"]}),
         ("top_logprobs", {"top_logprobs": 2}),
@@ -283,7 +282,7 @@ def test_half_a_character_is_refused(client, field):
     half = {"input": '"\\ud800"', "user": '"\\ud800"', "tools": json.dumps([{**TOOL, "parameters": {"title": "\ud800"}}])}
     body = f'{{"input": "x", "tool_choice": "none", "{field}": {half[field]}}}'
     answer = httpx.post(str(client.base_url) + "responses", content=body, headers={"Content-Type": "application/json"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
 def test_the_store_forgets_what_was_not_used():
