@@ -179,7 +179,9 @@ def training_conversations(seed: int, late: bool = False) -> Iterator[Conversati
     made_so_far = 0
     while True:
         if rng.random() < (0.1 if late else max(0.01, 0.7 - made_so_far / _DRILLS)):
-            made = Conversation("repeat", drill(rng).messages, [], False)
+            while is_held_out("repeat", (lesson := drill(rng)).key):
+                pass
+            made = Conversation("repeat", lesson.messages, [], False)
         else:
             made = _for_training(rng, _OFTEN_LATE if late else _OFTEN)
         if rng.random() < 0.2:

@@ -61,8 +61,9 @@ any machine, and so that tests have answers that are right or wrong. It was trai
 on conversations that rules generate: `python3 -m simple_flashinfer.demo.train FOLDER` does it again. It knows nothing of
 the world, and says so.
 
-Scores on held-out cases: the numbers, words, names or wording of what is asked last appear nowhere in the training text.
-A case is right when the greedy answer is the one right answer, letter by letter, and ends by itself.
+Scores on held-out cases. What is asked last (these two numbers, this list of words, this name for this memory, this wording
+of a greeting) is never trained on in that skill; the single words are, and so are the fixed answers. A
+case is right when the greedy answer is the one right answer, letter by letter, and ends by itself.
 
 {scores}
 
