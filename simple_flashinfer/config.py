@@ -155,11 +155,13 @@ class Config:
     )  # fmt: skip
 
     attention_backend: str = _setting(
-        "auto", _choice("auto", "flashinfer", "sdpa"), "speed", "auto is flashinfer on cuda, sdpa (plain torch) on cpu"
-    )
+        "auto", _choice("auto", "flashinfer", "cpu", "sdpa"), "speed",
+        "auto is flashinfer on cuda; cpu (kernels that are compiled at the first start), or else sdpa (plain torch)",
+    )  # fmt: skip
     fuse: bool = _setting(
         True, parse_bool, "speed",
-        "join matmuls of the same input, and on cpu pack weights for small batches; torch_compile does its own instead",
+        "join matmuls of the same input and the small operations between them; on cpu pack weights for small batches; "
+        "torch_compile does its own instead",
     )  # fmt: skip
     torch_compile: bool = _setting(False, parse_bool, "speed", "compile the model's forward with torch.compile")
     torch_compile_mode: str = _setting(

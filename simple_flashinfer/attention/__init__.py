@@ -6,12 +6,16 @@ __all__ = ["AttentionBackend", "AttentionLayer", "AttentionMetadata", "Unsupport
 
 
 def backend_class(name: str) -> type[AttentionBackend]:
-    """`flashinfer` or `sdpa`. Raises ImportError, saying what to install, when the backend's library is missing."""
+    """`flashinfer`, `cpu` or `sdpa`. Raises ImportError, saying what to install, when the backend's library is missing."""
     if name == "flashinfer":
         from simple_flashinfer.attention.flashinfer import FlashInferBackend
 
         FlashInferBackend.require_library()
         return FlashInferBackend
+    if name == "cpu":
+        from simple_flashinfer.attention.cpu import CpuBackend
+
+        return CpuBackend
     from simple_flashinfer.attention.sdpa import SdpaBackend
 
     return SdpaBackend

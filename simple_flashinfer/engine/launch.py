@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from simple_flashinfer.attention import AttentionBackend, AttentionLayer
+    from simple_flashinfer.model.fused_layers import Elementwise
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
 
     from simple_flashinfer.attention import UnsupportedLayerError
     from simple_flashinfer.model.fuse import fuse
+    from simple_flashinfer.model.fused_layers import fuse_layers
     from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
     from simple_flashinfer.model.loader import load_model, resolve_device
     from simple_flashinfer.model.runner import ModelRunner
@@ -79,10 +81,12 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
             fuse(loaded.model)
+            if kernels := _elementwise_kernels(device, model_dtype):
+                fuse_layers(loaded.model, model_dtype, kernels)
             phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
         layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
-        name, dtype = _attention(config, device, model_dtype)
+        name, dtype = _attention(config, device, model_dtype, layers)
         bytes_per_page = page_bytes(layers, config.page_size, dtype)
         num_pages, max_model_len = plan_pages(config, bytes_per_page, device, loaded.max_model_len, reserve)
         runner.use_backend(_make_backend(config, name, layers, num_pages, dtype, device))
@@ -123,12 +127,25 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     return EngineCore(scheduler, runner, check_when_idle=config.loglevel == "debug"), info
 
 
+def _elementwise_kernels(device: "torch.device", dtype: "torch.dtype") -> "Elementwise | None":
+    from simple_flashinfer.kernels import cpu
+    from simple_flashinfer.kernels.compiler import CompileError
+
+    if device.type != "cpu" or not cpu.supports(dtype):
+        return None
+    try:
+        return cpu.elementwise(dtype)
+    except CompileError as error:
+        logger.warning("The small layers run in plain torch, which is slower: %s", error)
+        return None
+
+
 def _check_graphs(config: Config, device: "torch.device") -> None:
     if not config.cuda_graph:
         return
     if device.type != "cuda":
         raise ConfigError("--cuda_graph needs a CUDA device, and the model runs on cpu")
-    if config.attention_backend == "sdpa":
+    if config.attention_backend in ("cpu", "sdpa"):
         raise ConfigError("--cuda_graph needs --attention_backend flashinfer: torch's attention can't be recorded")
     if config.torch_compile and config.torch_compile_mode in ("reduce-overhead", "max-autotune"):
         raise ConfigError(
@@ -137,18 +154,31 @@ def _check_graphs(config: Config, device: "torch.device") -> None:
         )
 
 
-def _attention(config: Config, device: "torch.device", model_dtype: "torch.dtype") -> tuple[str, "torch.dtype"]:
+def _attention(
+    config: Config, device: "torch.device", model_dtype: "torch.dtype", layers: "list[AttentionLayer]"
+) -> tuple[str, "torch.dtype"]:
     """Which backend, and the dtype of attention and KV cache."""
     import torch
 
     name = config.attention_backend
-    if name == "auto":
-        name = "flashinfer" if device.type == "cuda" else "sdpa"
-    if name == "flashinfer" and device.type != "cuda":
-        raise ConfigError("--attention_backend flashinfer needs a CUDA device; use --attention_backend sdpa")
+    if name in ("cpu", "flashinfer") and device.type != name.replace("flashinfer", "cuda"):
+        raise ConfigError(f"--attention_backend {name} does not run on {device.type}; use --attention_backend sdpa")
+    dtype = model_dtype
     if config.torch_dtype_autocast != "auto":
-        return name, getattr(torch, config.torch_dtype_autocast)
-    return name, torch.bfloat16 if name == "flashinfer" and model_dtype == torch.float32 else model_dtype
+        dtype = getattr(torch, config.torch_dtype_autocast)
+    elif name in ("auto", "flashinfer") and device.type == "cuda" and model_dtype == torch.float32:
+        dtype = torch.bfloat16
+    if name != "auto":
+        return name, dtype
+    if device.type == "cuda":
+        return "flashinfer", dtype
+    from simple_flashinfer.attention.cpu import CpuBackend
+
+    for layer in layers:
+        if reason := CpuBackend.unsupported(layer, dtype):
+            logger.warning("Attention in plain torch, which is slower: layer %d of the model %s", layer.layer_idx, reason)
+            return "sdpa", dtype
+    return "cpu", dtype
 
 
 def _make_backend(

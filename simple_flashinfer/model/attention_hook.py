@@ -58,7 +58,7 @@ class AttentionHook:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, Dv], None)"""
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         sinks = options.get("s_aux")
         if self.backend is None:
             self._record(module, q, k, v, attention_mask, scaling, options)
@@ -73,6 +73,8 @@ class AttentionHook:
         """In the backend's dtype, which may be narrower than the model's; the result is in the model's."""
         assert self.backend is not None
         dtype = self.backend.dtype
+        if q.dtype == dtype:
+            return self.backend.run(layer_idx, q, k, v, sinks)
         return self.backend.run(layer_idx, q.to(dtype), k.to(dtype), v.to(dtype), sinks).to(q.dtype)
 
     def _record(

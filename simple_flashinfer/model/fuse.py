@@ -30,12 +30,14 @@ class FusedLinear(nn.Module):
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.bias = torch.cat(biases) if biases else None
+        self.in_features = layers[0].in_features
         self.sizes = [layer.out_features for layer in layers]
         self.out_features = sum(self.sizes)
+        self._last = len(layers) - 1
         self._packed = can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
-        self._input: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []
+        # the last input and its parts; in a list, since setting an attribute of a module takes microseconds
+        self._kept: list[Any] = [None, []]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out_features]"""
@@ -47,15 +49,16 @@ class FusedLinear(nn.Module):
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """[..., in] -> [..., sizes[index]]"""
-        if x is not self._input:
-            self._input, self._parts = x, list(torch.split(self.multiply(x), self.sizes, dim=-1))
-        part = self._parts[index]
-        if index == len(self.sizes) - 1:  # the last one to ask: what is kept is not needed any more
-            self._input, self._parts = None, []
+        kept = self._kept
+        if x is not kept[0]:
+            kept[:] = x, torch.split(self.multiply(x), self.sizes, -1)
+        part: torch.Tensor = kept[1][index]
+        if index == self._last:  # to ask: what is kept is not needed any more
+            kept[:] = None, []
         return part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x) if len(self.sizes) == 1 else self.part(x, 0)
+        return self.part(x, 0) if self._last else self.multiply(x)
 
 
 class FusedPart(nn.Module):

@@ -8,6 +8,7 @@ import torch
 
 from simple_flashinfer.attention import AttentionLayer, AttentionMetadata, UnsupportedLayerError, backend_class
 from simple_flashinfer.attention.compare import ComparingBackend
+from simple_flashinfer.kernels.compiler import compiler
 from simple_flashinfer.types import RequestTable, SchedulerOutput
 from test.attention import fake_flashinfer
 
@@ -29,15 +30,18 @@ STEPS = {
     "one token prompts": ([0, 0], [1, 1]),
     "decode": ([15, 16, 17, 31, 100, 1], [1] * 6),
     "decode of very different lengths": ([3, 4, 90, 250, 251, 7], [1] * 6),
+    "long decode": ([1300, 511, 512, 40], [1] * 4),
     "chunks": ([7, 16, 33, 64], [7, 16, 5, 2]),
     "mixed": ([40, 15, 31, 0, 20, 0], [1, 1, 1, 17, 12, 2]),
     "long": ([0, 100], [300, 200]),
 }
 
 
-@pytest.fixture(params=["sdpa", "flashinfer", pytest.param("flashinfer cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["sdpa", "cpu", "flashinfer", pytest.param("flashinfer cuda", marks=pytest.mark.gpu)])
 def make_backend(request, monkeypatch):
     name, _, device = request.param.partition(" ")
+    if name == "cpu" and compiler() is None:
+        pytest.skip("there is no C++ compiler")
     if name == "flashinfer" and not device:
         fake_flashinfer.install(monkeypatch)
 
@@ -59,7 +63,7 @@ class Batch:
 
 
 def make_batch(before, added, page_size, generator):
-    table = RequestTable(len(before) + 3, 600, page_size)
+    table = RequestTable(len(before) + 3, 1600, page_size)
     rows = generator.permutation(len(before) + 3)[: len(before)].astype(np.int32)
     pages = generator.permutation(200).astype(np.int32)
     for row, computed, new in zip(rows, before, added, strict=True):
@@ -142,7 +146,7 @@ def run(backend, layer, output, q, k, v, sinks):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_definition(make_backend, name, step):
-    dtype, tolerance = (torch.float32, 2e-5) if make_backend.name == "sdpa" else (torch.bfloat16, 2e-2)
+    dtype, tolerance = (torch.float32, 2e-5) if make_backend.name in ("sdpa", "cpu") else (torch.bfloat16, 2e-2)
     backend = make_backend(list(LAYERS.values()), 16, dtype)
     check_step(backend, LAYERS[name], *STEPS[step], dtype, np.random.default_rng(1), tolerance)
 
@@ -159,12 +163,30 @@ def test_sixteen_bit(make_backend):
         check_step(backend, LAYERS["plain"], *STEPS["mixed"], dtype, np.random.default_rng(3), 2e-2)
 
 
+@pytest.fixture(params=["sdpa", "cpu"])
+def make_cpu_backend(request):
+    if request.param == "cpu" and compiler() is None:
+        pytest.skip("there is no C++ compiler")
+
+    def make(*layers):
+        options = {"num_pages": 200, "page_size": 16, "dtype": torch.float32, "device": torch.device("cpu")}
+        return backend_class(request.param)(layers, **options)
+
+    return make
+
+
 @pytest.mark.parametrize("step", STEPS)
-def test_sinks_and_unequal_dimensions_in_torch(step):
+def test_sinks(make_cpu_backend, step):
+    sinks = torch.tensor([0.0, 1, -1, 3])
+    backend = make_cpu_backend(SINKS)
+    check_step(backend, SINKS, *STEPS[step], torch.float32, np.random.default_rng(4), 2e-5, sinks)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_unequal_dimensions_in_torch(step):
     backend = backend_class("sdpa")(
-        [SINKS, NARROW_VALUES], num_pages=200, page_size=16, dtype=torch.float32, device=torch.device("cpu")
+        [NARROW_VALUES], num_pages=200, page_size=16, dtype=torch.float32, device=torch.device("cpu")
     )
-    check_step(backend, SINKS, *STEPS[step], torch.float32, np.random.default_rng(4), 2e-5, torch.tensor([0.0, 1, -1, 3]))
     check_step(backend, NARROW_VALUES, *STEPS[step], torch.float32, np.random.default_rng(5), 2e-5)
 
 
@@ -202,9 +224,9 @@ def test_comparing_changes_nothing_and_reports_each_layer(make_backend, caplog):
         assert all(float(line.split()[-1]) < 2e-2 for line in lines)
 
 
-def test_what_one_request_computes_wrongly_does_not_stay_in_the_pages():
+def test_what_one_request_computes_wrongly_does_not_stay_in_the_pages(make_cpu_backend):
     layer = LAYERS["plain"]
-    backend = backend_class("sdpa")([layer], num_pages=200, page_size=16, dtype=torch.float32, device=torch.device("cpu"))
+    backend = make_cpu_backend(layer)
     batch = make_batch([0], [160], 16, np.random.default_rng(8))
     bad = torch.full((160, 2, 64), torch.nan)
     run(backend, layer, batch.output, torch.zeros(160, 6, 64), bad, bad, None)

@@ -53,8 +53,7 @@ def test_no_activation_is_kept_after_the_last_part():
     x = torch.randn(2, 8)
     for part in parts:
         part(x)
-    assert parts[0]._input is None
-    assert parts[0]._parts == []
+    assert parts[0]._kept == [None, []]
 
 
 def test_no_rows_at_all():

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, MambaConfig, Phi3Config, Qwen2MoeConfig
 
 from simple_flashinfer import LLM, SamplingParams
-from simple_flashinfer.attention import backend_class
+from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.engine.launch import _attention, _check_graphs, build_engine
+from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
+from simple_flashinfer.kernels.cpu import decode_attention, elementwise
 from simple_flashinfer.model import kv_storage
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
@@ -156,7 +158,9 @@ def test_end_of_sequence_ids_come_from_all_configs(first, second, expected):
 
 def test_float32_weights_with_attention_in_16_bit(checkpoint):
     model = checkpoint("llama")
-    llm = LLM(model.path, torch_dtype="float32", torch_dtype_autocast="bfloat16", max_num_batched_tokens=50)
+    # no prefix caching: a prompt that is found again is computed in other pieces, which 16 bits round differently
+    settings = {"torch_dtype_autocast": "bfloat16", "max_num_batched_tokens": 50, "prefix_caching": False}
+    llm = LLM(model.path, torch_dtype="float32", **settings)
     backend = llm.core.executor._hook.backend
     assert backend.dtype == torch.bfloat16
     assert next(llm.core.executor._model.parameters()).dtype == torch.float32
@@ -254,14 +258,39 @@ def test_graphs_that_can_not_be_are_refused():
             _check_graphs(Config(cuda_graph=True, **settings), device)
 
 
-def test_auto_settings(monkeypatch):
+def test_auto_settings(caplog):
     cuda = torch.device("cuda", 0)
-    assert _attention(Config(), CPU, torch.bfloat16) == ("sdpa", torch.bfloat16)
-    assert _attention(Config(), cuda, torch.float16) == ("flashinfer", torch.float16)
-    assert _attention(Config(), cuda, torch.float32) == ("flashinfer", torch.bfloat16)
-    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32) == ("sdpa", torch.float16)
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
-        _attention(Config(attention_backend="flashinfer"), CPU, torch.bfloat16)
+    layers = [AttentionLayer(0, 6, 2, 64, 64, 0.125)]
+    narrow = [*layers, AttentionLayer(1, 4, 4, 24, 16, 0.2)]
+    cpu = "sdpa" if compiler() is None else "cpu"
+    assert _attention(Config(), CPU, torch.bfloat16, layers) == (cpu, torch.bfloat16)
+    assert _attention(Config(), CPU, torch.bfloat16, narrow) == ("sdpa", torch.bfloat16)
+    assert "layer 1 of the model has K heads of 24" in caplog.text
+    assert _attention(Config(), cuda, torch.float16, layers) == ("flashinfer", torch.float16)
+    assert _attention(Config(), cuda, torch.float32, layers) == ("flashinfer", torch.bfloat16)
+    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32, layers) == (cpu, torch.float16)
+    for name, device in (("flashinfer", CPU), ("cpu", cuda)):
+        with pytest.raises(ConfigError, match=f"{name} does not run on {device.type}"):
+            _attention(Config(attention_backend=name), device, torch.bfloat16, layers)
+
+
+def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):
+    model = checkpoint("llama")
+    for function in (elementwise, decode_attention):
+        function.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("simple_flashinfer.kernels.compiler.compiler", lambda: None)
+        llm = LLM(model.path, torch_dtype="float32")
+        assert tokens(llm, model.prompts) == model.expected
+    assert "there is no C++ compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_is_told_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("simple_flashinfer.kernels.compiler.compiler", lambda: "/bin/false")
+    with pytest.raises(CompileError, match="/bin/false failed"):
+        library_path("elementwise.cpp", {"SCALAR_BF16": 1})
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_two_models_in_one_process_do_not_mix(checkpoint):

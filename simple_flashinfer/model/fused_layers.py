@@ -1,0 +1,117 @@
+"""The small layers between matmuls, each as one kernel instead of a chain of operators: norms, rotary embedding, gated MLPs.
+
+Which layers of a model those are is found by what they are called and settled by trying: the replacement takes the layer's
+place only if both give the same for random input. No forward of a whole layer is written anew. On two cores, one row of
+576 bfloat16: norm 2.7 us instead of 17, rotary embedding of 12 heads 3 instead of 14, gate of 1,536 3.4 instead of 7.
+"""
+
+import logging
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from simple_flashinfer.model.fuse import FusedLinear
+
+logger = logging.getLogger(__name__)
+
+_ROPE = "apply_rotary_pos_emb"  # transformers' name for it, in the file of each model
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+class Elementwise(Protocol):
+    """Kernels of one device and dtype; shapes as in kernels/cpu.py."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor: ...
+
+
+class FusedRMSNorm(nn.Module):
+    def __init__(self, norm: nn.Module, kernels: Elementwise) -> None:
+        super().__init__()
+        self.weight: Any = norm.weight
+        self.eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
+        self._rms_norm = kernels.rms_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._rms_norm(x, self.weight, self.eps)
+
+
+class FusedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one matmul."""
+
+    def __init__(self, mlp: Any, kernels: Elementwise) -> None:
+        super().__init__()
+        self.gate_up_proj: FusedLinear = mlp.gate_proj
+        self.down_proj = mlp.down_proj
+        self._silu_and_mul = kernels.silu_and_mul
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self._silu_and_mul(self.gate_up_proj.multiply(x)))  # type: ignore[no-any-return]
+
+
+def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: Elementwise) -> None:
+    """Replaces layers inside the model, in place; `fuse` comes first."""
+    with torch.inference_mode():
+        for parent in list(model.modules()):
+            for name, layer in list(parent.named_children()):
+                replacement = _replacement(layer, kernels)
+                if replacement is not None and _same(layer, replacement, dtype):
+                    setattr(parent, name, replacement)
+            _fuse_rope(parent, dtype, kernels)
+
+
+def _replacement(layer: Any, kernels: Elementwise) -> nn.Module | None:
+    if type(layer).__name__.endswith("RMSNorm") and [name for name, _ in layer.named_parameters()] == ["weight"]:
+        return FusedRMSNorm(layer, kernels) if hasattr(layer, "variance_epsilon") or hasattr(layer, "eps") else None
+    children = dict(layer.named_children())
+    if children.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and isinstance(layer.gate_proj, FusedLinear):
+        return FusedMLP(layer, kernels) if len(layer.gate_proj.sizes) == 2 else None
+    return None
+
+
+def _same(layer: nn.Module, replacement: Any, dtype: torch.dtype) -> bool:
+    width = replacement.weight.shape[0] if isinstance(replacement, FusedRMSNorm) else replacement.gate_up_proj.in_features
+    return _close(layer(x := _random(dtype, 1, 3, width)), replacement(x))
+
+
+def _fuse_rope(layer: nn.Module, dtype: torch.dtype, kernels: Elementwise) -> None:
+    """Gives the layer's forward another rotary embedding: the same code, with one name in it meaning another function."""
+    forward: Any = type(layer).forward
+    if not isinstance(forward, FunctionType) or _ROPE not in forward.__code__.co_names:
+        return
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor]] = forward.__globals__.get(_ROPE)  # type: ignore[assignment]
+    dim = getattr(layer, "head_dim", None)
+    if original is None or not isinstance(dim, int):
+        return
+
+    def fused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+
+    q, k, (cos, sin) = _random(dtype, 1, 4, 3, dim), _random(dtype, 1, 2, 3, dim), _random(dtype, 2, 1, 3, dim)
+    try:
+        expected = original(q, k, cos, sin)
+    except (TypeError, RuntimeError):  # it wants other arguments, or only a part of the head turns
+        return
+    if all(_close(a, b) for a, b in zip(expected, fused(q, k, cos, sin), strict=True)):
+        scope = {**forward.__globals__, _ROPE: fused}
+        copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        layer.forward = MethodType(copy, layer)
+
+
+def _random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)  # not the global one: others count on it
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _close(expected: torch.Tensor, got: torch.Tensor) -> bool:
+    tolerance = _TOLERANCE[expected.dtype]
+    return expected.shape == got.shape and torch.allclose(
+        expected, got, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
