@@ -54,13 +54,21 @@ class Telling(Protocol):
 async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
     """Pieces of all answers as they come, with the answer's index.
 
-    Of answers to one prompt the first goes ahead: when it has a token the prompt is in the cache, and the others share it.
+    All have their places in the engine, or none has: then it is an error before the first piece.
     """
-    if len(answers) == 1:  # the usual case, without tasks
-        async with aclosing(service.generate(answers[0].request, answers[0].shown)) as pieces:
-            async for piece in pieces:
-                yield 0, piece
-        return
+    with service.engine.places([answer.request for answer in answers]):
+        if len(answers) == 1:  # the usual case, without tasks
+            async with aclosing(service.generate(answers[0].request, answers[0].shown)) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+        else:
+            async with aclosing(_generate_several(service, answers)) as several:
+                async for numbered in several:
+                    yield numbered
+
+
+async def _generate_several(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
+    """The first answer to a prompt goes ahead: when it has a token the prompt is in the cache, and the others share it."""
     arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
     computed = asyncio.Event()  # replaced for each prompt
 

@@ -54,6 +54,34 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(random_model
         assert not any("Traceback" in line for line in daemon.log)
 
 
+def test_several_answers_take_their_places_together(random_model):
+    """What was admitted is answered in full, however many others ask before its prompt is computed."""
+    with Daemon("--model", random_model, "--max_sequence", "1", "--max_waiting", "4") as daemon:
+
+        async def scenario():
+            async with httpx.AsyncClient(timeout=60) as client:
+                url = daemon.url + "/v1/completions"
+
+                def waiting(number):
+                    return asyncio.to_thread(lambda: daemon.get("/health")["waiting"] == number)
+
+                async with client.stream("POST", url, json=endless()) as running:
+                    lines = running.aiter_lines()
+                    await anext(lines)
+                    several = asyncio.create_task(client.post(url, json={**PROMPT, "n": 3, "ignore_eos": True}))
+                    while not await waiting(1):
+                        pass
+                    last = asyncio.create_task(client.post(url, json=PROMPT))
+                    while not await waiting(2):
+                        pass
+                    assert (await client.post(url, json=PROMPT)).json()["error"]["code"] == "queue_full"
+                assert [c["finish_reason"] for c in (await several).json()["choices"]] == ["length"] * 3
+                assert (await last).status_code == 200
+
+        asyncio.run(scenario())
+        daemon.wait_until_idle()
+
+
 def test_who_leaves_the_queue_leaves_nothing_behind(random_model):
     with Daemon("--model", random_model, "--max_sequence", "1") as daemon:
         with httpx.stream("POST", daemon.url + "/v1/completions", json=endless(), timeout=60) as response:
