@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 _MAX_MESSAGE = 600  # characters; what a client sent may be in it
 _MAX_NAME = 100
 _RETRY_AFTER_SECONDS = "1"
-_ANTHROPIC_PATHS = {"/messages", "/messages/count_tokens"}
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_ANTHROPIC_OVERLOADED = 529
 _UNION_BRANCHES = {"str", "int"}  # pydantic's names for them in the path of an error
 
 
@@ -86,7 +86,10 @@ def _type(status: int) -> str:
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's form has no place for the field that is at fault, so the message names it."""
-    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    known = {
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+        429: "rate_limit_error",
+    }  # fmt: skip
     kind = known.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     if error.code == "queue_full":
         kind = "overloaded_error"
@@ -136,11 +139,17 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(p for p in parts if p not in _UNION_BRANCHES and (p.isalnum() or "_" in p) and "[" not in p)
 
 
+def error_response(path: str, error: ApiError) -> JSONResponse:
+    """In the form of the API that the path belongs to."""
+    if f"{path.removeprefix('/v1')}/".startswith("/messages/"):
+        status = _ANTHROPIC_OVERLOADED if error.code == "queue_full" else error.status
+        return JSONResponse(anthropic_body(error), status_code=status, headers=error.headers)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     def respond(request: Request, error: ApiError) -> JSONResponse:
-        anthropic = request.url.path.removeprefix("/v1") in _ANTHROPIC_PATHS
-        body = anthropic_body(error) if anthropic else error.body
-        return JSONResponse(body, status_code=error.status, headers=error.headers)
+        return error_response(request.url.path, error)
 
     @app.exception_handler(RequestValidationError)
     def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -320,6 +320,10 @@ def test_other_errors(client, daemon):
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         client.messages.create(messages=HELLO, **{**GREEDY, "model": "claude"})
     assert httpx.get(daemon.url + "/v1/messages").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(daemon.url + "/v1/messages/batches").json()["error"]["type"] == "not_found_error"
+    with pytest.raises(anthropic.RequestTooLargeError, match="request_too_large"):
+        client.messages.create(messages=[{"role": "user", "content": "[" * 100_000}], **GREEDY)
+    assert httpx.post(daemon.url + "/v1/messages", content=b"{").json()["error"]["type"] == "invalid_request_error"
     assert "param" in httpx.get(daemon.url + "/v1/chat/completions").json()["error"]
 
 
