@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.server.schemas import (
@@ -20,24 +20,21 @@ from simple_flashinfer.server.schemas import (
     ListOf,
     NamedFunction,
     NamedTool,
+    Strict,
     Tool,
     ToolCall,
 )
 from simple_flashinfer.types import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextBlock(_Strict):
+class TextBlock(Strict):
     type: Literal["text"]
     text: str
     citations: None = None
     cache_control: Any = None
 
 
-class ThinkingBlock(_Strict):
+class ThinkingBlock(Strict):
     """signature: of no use here, where nothing is signed."""
 
     type: Literal["thinking"]
@@ -45,14 +42,14 @@ class ThinkingBlock(_Strict):
     signature: str | None = None
 
 
-class RedactedThinkingBlock(_Strict):
+class RedactedThinkingBlock(Strict):
     """Left out of the prompt: only Anthropic can read it."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
-class ToolUseBlock(_Strict):
+class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -68,7 +65,7 @@ class ToolUseBlock(_Strict):
         return ToolCall(id=self.id, function=FunctionCall(name=self.name, arguments=arguments))
 
 
-class ToolResultBlock(_Strict):
+class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | ListOf[TextBlock] | None = None
@@ -109,7 +106,7 @@ def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["user", "assistant"]
     content: str | ListOf[Block]
 
@@ -144,7 +141,7 @@ def _user_messages(blocks: list[Block]) -> Iterator[ChatMessage]:
             yield from (block.for_chat() for block in group if isinstance(block, ToolResultBlock))
 
 
-class ToolDefinition(_Strict):
+class ToolDefinition(Strict):
     """eager_input_streaming: a tool's input is streamed as it is written in any case."""
 
     type: str | None = None
@@ -174,7 +171,7 @@ class ToolDefinition(_Strict):
         return Tool.model_validate({"type": "function", "function": function})
 
 
-class ToolChoice(_Strict):
+class ToolChoice(Strict):
     """disable_parallel_tool_use: enforced where a call is, that is with `any` and `tool`."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -189,7 +186,7 @@ class ToolChoice(_Strict):
         return self.type if self.type != "tool" else NamedTool(type="function", function=NamedFunction(name=self.name or ""))
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """Becomes the chat template's `enable_thinking`; without it the template decides. `adaptive` is `enabled`.
 
     budget_tokens: nothing stops the model there, as with Anthropic it is no strict limit. Only `max_tokens` is one.
@@ -200,7 +197,7 @@ class Thinking(_Strict):
     display: Literal["summarized"] | None = None
 
 
-class CountTokensRequest(_Strict):
+class CountTokensRequest(Strict):
     """What makes up a prompt."""
 
     model: str
