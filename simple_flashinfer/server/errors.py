@@ -123,14 +123,14 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     # of the branches of a union those that got farthest say best what is wrong
     paths = [_path(entry["loc"]) for entry in errors]
     param = max(paths, key=lambda path: path.count("."))
-    if not param:
+    if not param and errors[0]["type"] != "value_error":
         return invalid(
             "The request body must be a JSON object, sent with Content-Type: application/json", None, "invalid_json"
         )
     messages = dict.fromkeys(
         str(entry["msg"]).removeprefix("Value error, ") for entry, path in zip(errors, paths, strict=True) if path == param
     )
-    return invalid(f"{param}: {', or: '.join(messages)}", param)
+    return invalid(f"{param or 'the request'}: {', or: '.join(messages)}", param or None)
 
 
 def _path(location: Sequence[str | int]) -> str:
