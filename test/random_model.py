@@ -9,7 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _VOCABULARY = 2048
-_SYLLABLES = "ar ber co dan el fi go hu in ja ken lo mi nor os pa qui ra se tan ul vo wi yel zu the ing".split()
+_SYLLABLES = [
+    "ar", "ber", "co", "dan", "el", "fi", "go", "hu", "in", "ja", "ken", "lo", "mi", "nor", "os", "pa", "qui", "ra", "se",
+    "tan", "ul", "vo", "wi", "yel", "zu", "the", "ing",
+]  # fmt: skip
 _PHRASES = """def main(self): return None
 class Request: import os
 if __name__ == "__main__": print("Hello, world!", 1, 23, 456)

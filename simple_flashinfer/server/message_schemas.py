@@ -172,8 +172,6 @@ class ToolDefinition(Strict):
 
 
 class ToolChoice(Strict):
-    """disable_parallel_tool_use: enforced where a call is, that is with `any` and `tool`."""
-
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None

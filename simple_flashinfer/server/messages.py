@@ -89,8 +89,7 @@ class _Message:
         }
 
     def _push(self, piece: Piece) -> list[dict[str, Any]]:
-        self._usage.num_tokens += len(piece.token_ids)
-        self._usage.num_cached_tokens += piece.num_cached_tokens or 0
+        self._usage.add(piece)
         told = [] if self._started else [{"type": "message_start", "message": self._told([])}]
         self._started = True
         fields = self._choice.push(piece)

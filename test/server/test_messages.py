@@ -178,6 +178,33 @@ def test_a_forced_call_and_its_result(caller):
     assert count == after.usage.input_tokens + after.usage.cache_read_input_tokens
 
 
+CALLS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}\n</tool_call>'
+REPEATED = {"structured_outputs": {"choice": [f"{CALLS}\n" * 3]}}  # a model that would go on and on
+
+
+def test_no_more_calls_than_are_wanted(guarded, caller):
+    chat = {"model": "demo", "messages": HELLO, "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    with openai.OpenAI(base_url=guarded.url + "/v1", api_key="sesame", max_retries=0) as client:
+
+        def call(**more):
+            return client.chat.completions.create(**chat, temperature=0, max_tokens=1000, extra_body=REPEATED, **more)
+
+        several, one = call(), call(parallel_tool_calls=False)
+        assert len(several.choices[0].message.tool_calls) == 3
+        (only,) = one.choices[0].message.tool_calls
+        assert json.loads(only.function.arguments) == {"city": "Rome", "days": 1}
+        assert one.choices[0].finish_reason == "tool_calls"
+        assert one.usage.completion_tokens < several.usage.completion_tokens / 2
+        chunks = list(call(parallel_tool_calls=False, n=2, stream=True, stream_options={"include_usage": True}))
+        assert {c.index for chunk in chunks for ch in chunk.choices for c in ch.delta.tool_calls or ()} == {0}
+        ends = [ch.finish_reason for chunk in chunks for ch in chunk.choices if ch.finish_reason]
+        assert ends == ["tool_calls"] * 2
+        assert chunks[-1].usage.completion_tokens == 2 * one.usage.completion_tokens
+    headers = {"x-api-key": "sesame"}
+    while httpx.get(guarded.url + "/kv_cache", headers=headers).json()["utilized_kv_cache"]:
+        pass  # what was left of the answers is not generated for nobody
+
+
 def test_what_the_chat_template_gets():
     request = MessagesRequest.model_validate({
         "model": "demo", "max_tokens": 2000, "system": "S", "thinking": {"type": "enabled", "budget_tokens": 1024},
@@ -211,12 +238,16 @@ def test_what_the_chat_template_gets():
 def message_of(text, size):
     """The answer that a model would give with this text, in pieces of so many characters."""
     tools = [{"type": "function", "function": {"name": "f"}}]
-    choice = ChatChoice(None, make_parser("hermes", "think", tools=tools), tool_named=False, token_ids=False)
+    parser = make_parser("hermes", "think", tools=tools)
+    choice = ChatChoice(None, tool_named=False, token_ids=False)
     service = SimpleNamespace(config=SimpleNamespace(model_name="demo"))
     message = _Message(service, Answer(SimpleNamespace(prompt_token_ids=[1, 2, 3]), choice))
-    pieces = [Piece(text[at : at + size], [0], []) for at in range(0, len(text), size)]
+    pieces = []
+    for part in [*(text[at : at + size] for at in range(0, len(text), size)), ""]:
+        parser.feed(part, final=not part)
+        pieces.append(Piece(part, [0], finish_reason=None if part else FinishReason.STOP, parsed=parser.out.take()))
     pieces[0].num_cached_tokens = 2
-    return message, [*pieces, Piece("", [0], [], FinishReason.STOP)]
+    return message, pieces
 
 
 async def numbered(pieces):
