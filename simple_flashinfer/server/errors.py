@@ -4,7 +4,7 @@ Those of the Messages API leave in Anthropic's: {"type": "error", "error": {"typ
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -99,6 +99,15 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """One that names the field by which the client knows it. names: those of the client, by ours."""
+    name = (error.param or "").partition(".")[0]
+    if name not in names:
+        return error
+    message = error.message.replace(error.param or name, names[name]).replace(name, names[name])
+    return ApiError(error.status, message, param=names[name], code=error.code, headers=error.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:

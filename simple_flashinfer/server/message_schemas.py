@@ -1,7 +1,8 @@
 """What a client of Anthropic's Messages API may send, and the chat request that says the same.
 
-Names and meanings are Anthropic's. A field that is not listed here is refused by name. `cache_control`, `metadata` and
-`service_tier` ask for nothing: prompts are cached in any case, and all requests are served alike.
+Names and meanings are Anthropic's. A field that is not listed here is refused by name. `cache_control`, `metadata`,
+`service_tier` and `user_profile_id` ask for nothing: prompts are cached in any case, and all requests are served alike.
+Where a type has one value only, it is the one that asks for what happens anyway.
 """
 
 import itertools
@@ -55,6 +56,7 @@ class ToolUseBlock(Strict):
     name: str
     input: dict[str, Any]
     caller: Any = None
+    toolset_name: None = None
     cache_control: Any = None
 
     def for_chat(self, place: str) -> ToolCall:
@@ -70,6 +72,7 @@ class ToolResultBlock(Strict):
     tool_use_id: str
     content: str | ListOf[TextBlock] | None = None
     is_error: bool | None = None
+    toolset_name: None = None
     cache_control: Any = None
 
     def for_chat(self) -> ChatMessage:
@@ -99,6 +102,7 @@ Block = Annotated[
 _SPOKEN_BY = {
     "user": {"text", "tool_result"},
     "assistant": {"text", "thinking", "redacted_thinking", "tool_use"},
+    "system": {"text"},
 }
 
 
@@ -107,7 +111,7 @@ def _text(content: str | list[TextBlock]) -> str:
 
 
 class Message(Strict):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | ListOf[Block]
 
     def for_chat(self, place: str) -> Iterator[ChatMessage]:
@@ -142,7 +146,7 @@ def _user_messages(blocks: list[Block]) -> Iterator[ChatMessage]:
 
 
 class ToolDefinition(Strict):
-    """eager_input_streaming: a tool's input is streamed as it is written in any case."""
+    """eager_input_streaming: a tool's input is streamed as it is written in any case. input_examples: go into the schema."""
 
     type: str | None = None
     name: str = Field(pattern=TOOL_NAME)
@@ -150,6 +154,9 @@ class ToolDefinition(Strict):
     input_schema: dict[str, Any]
     strict: bool | None = None
     eager_input_streaming: bool | None = None
+    input_examples: ListOf[dict[str, Any]] | None = None
+    allowed_callers: ListOf[Literal["direct"]] | None = None
+    defer_loading: Literal[False] | None = None
     cache_control: Any = None
 
     @field_validator("type")
@@ -165,7 +172,7 @@ class ToolDefinition(Strict):
         function = {
             "name": self.name,
             "description": self.description,
-            "parameters": self.input_schema,
+            "parameters": self.input_schema | ({"examples": self.input_examples} if self.input_examples else {}),
             "strict": self.strict,
         }
         return Tool.model_validate({"type": "function", "function": function})
@@ -187,12 +194,23 @@ class ToolChoice(Strict):
 class Thinking(Strict):
     """Becomes the chat template's `enable_thinking`; without it the template decides. `adaptive` is `enabled`.
 
+    display: `omitted` leaves the text out of thinking blocks.
     budget_tokens: nothing stops the model there, as with Anthropic it is no strict limit. Only `max_tokens` is one.
     """
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1024)
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
 
 
 class CountTokensRequest(Strict):
@@ -204,11 +222,14 @@ class CountTokensRequest(Strict):
     tools: ListOf[ToolDefinition] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    speed: Literal["standard"] | None = None
+    user_profile_id: Any = None
     cache_control: Any = None
 
     def for_chat(self) -> ChatCompletionRequest:
         """A last message of the assistant is continued. Raises a 400 where it has more than text."""
-        choice, thinking, messages = self.tool_choice, self.thinking, self._chat_messages()
+        choice, thinking, config, messages = self.tool_choice, self.thinking, self.output_config, self._chat_messages()
         prefilled = messages[-1].role == "assistant"
         if prefilled and (messages[-1].tool_calls or not messages[-1].content):
             place = f"messages.{len(self.messages) - 1}"
@@ -224,6 +245,10 @@ class CountTokensRequest(Strict):
             chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
         if thinking is not None:
             chat["chat_template_kwargs"] = {"enable_thinking": thinking.type != "disabled"}
+        if config is not None:
+            chat["reasoning_effort"] = "xhigh" if config.effort == "max" else config.effort
+        if config is not None and config.format is not None:
+            chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": config.format.json_schema}}
         return ChatCompletionRequest.model_validate(chat)
 
     def _chat_messages(self) -> list[ChatMessage]:
@@ -261,6 +286,9 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     metadata: Any = None
     service_tier: Any = None
+    container: None = None
+    diagnostics: None = None
+    inference_geo: None = None
 
     def for_chat(self) -> ChatCompletionRequest:
         if self.thinking and (self.thinking.budget_tokens or 0) >= self.max_tokens:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field
 
-from simple_flashinfer.server.errors import ApiError, invalid
+from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.server.schemas import TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields, Strict
 from simple_flashinfer.types import MAX_LOGPROBS
 
@@ -150,18 +150,10 @@ class ResponsesRequest(SamplingFields):
         }
 
 
-_NAMES = {
+# of the chat completion's fields
+NAMES = {
     "messages": "input",
     "response_format": "text.format",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
-
-
-def in_words_of_responses(error: ApiError) -> ApiError:
-    """An error of the chat completion that names the field by which the client knows it."""
-    name = (error.param or "").partition(".")[0]
-    if name not in _NAMES:
-        return error
-    message = error.message.replace(error.param or name, _NAMES[name]).replace(name, _NAMES[name])
-    return ApiError(error.status, message, param=_NAMES[name], code=error.code, headers=error.headers)

@@ -11,11 +11,11 @@ from starlette.responses import Response
 from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.chat import chat_answers
 from simple_flashinfer.server.choices import ChatChoice
-from simple_flashinfer.server.errors import ApiError, as_api_error, invalid
+from simple_flashinfer.server.errors import ApiError, as_api_error, invalid, renamed
 from simple_flashinfer.server.respond import Answer, Numbered, generate_all, send
 from simple_flashinfer.server.response_items import conversation, new_id, parse_input
 from simple_flashinfer.server.response_output import Event, ResponseOutput
-from simple_flashinfer.server.response_schema import ResponsesRequest, in_words_of_responses
+from simple_flashinfer.server.response_schema import NAMES, ResponsesRequest
 from simple_flashinfer.server.response_store import StoredResponse
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
 from simple_flashinfer.server.sse import event
@@ -52,7 +52,7 @@ async def _answer(service: Service, body: ResponsesRequest, messages: list[dict[
         try:
             (answer,) = await chat_answers(service, body.as_chat([*kept, *messages[start:]]))
         except ApiError as error:
-            raise in_words_of_responses(error) from error
+            raise renamed(error, NAMES) from error
         return answer
 
     try:

@@ -235,6 +235,39 @@ def test_what_the_chat_template_gets():
     assert chat.template_kwargs() == {"enable_thinking": True, "add_generation_prompt": True}
 
 
+def test_output_config(client):
+    schema = {"type": "object", "properties": {"city": {"const": "Rome"}}, "required": ["city"]}
+    schema["additionalProperties"] = False
+    wanted = {"effort": "max", "format": {"type": "json_schema", "schema": schema}}
+    answer = client.messages.create(messages=HELLO, output_config=wanted, **{**GREEDY, "max_tokens": 1000})
+    assert json.loads(text_of(answer)) == {"city": "Rome"}
+    chat = MessagesRequest.model_validate({"model": "demo", "max_tokens": 1, "messages": HELLO, "output_config": wanted})
+    assert chat.for_chat().template_kwargs()["reasoning_effort"] == "xhigh"
+
+
+def test_the_system_may_speak_in_between(client, as_chat):
+    messages = [*HELLO, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}, *HELLO]
+    expected = as_chat([*HELLO, {"role": "system", "content": SYSTEM}, *HELLO]).choices[0].message.content
+    assert text_of(client.messages.create(messages=messages, **GREEDY)) == expected
+
+
+def test_what_asks_for_nothing(client):
+    nothing = {"container": None, "diagnostics": None, "inference_geo": None, "speed": "standard", "user_profile_id": "x"}
+    tools = [{**TOOL, "allowed_callers": ["direct"], "defer_loading": False, "input_examples": []}]
+    plain = client.messages.create(messages=HELLO, tools=[TOOL], **GREEDY)
+    more = {"temperature": 0, **nothing}
+    assert said(client.messages.create(messages=HELLO, tools=tools, **{**GREEDY, "extra_body": more})) == said(plain)
+
+
+async def test_thinking_may_be_left_out():
+    for streamed in (False, True):
+        message, pieces = message_of("<think>Well.</think>Yes.", 5)
+        message._shows_thinking = False
+        told = await events_of(message, pieces) if streamed else await message.whole(numbered(pieces))
+        assert "Well" not in json.dumps(told)
+        assert [(block["type"]) for block, _ in message._blocks] == ["thinking", "text"]
+
+
 def message_of(text, size):
     """The answer that a model would give with this text, in pieces of so many characters."""
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -333,6 +366,12 @@ CALLED = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
         ({"messages": [*HELLO, {"role": "assistant", "content": [CALLED]}]}, "messages.1: .*continued"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}]}, "tools.0.type: .*web_search"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format: .*not"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"container": "c"}, "container"),
+        ({"speed": "fast"}, "speed: .*standard"),
+        ({"messages": [{"role": "system", "content": [CALLED]}, *HELLO]}, "messages.0.content.0: .*system"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens"),
         ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice: .*--tool_call_parser"),
