@@ -52,7 +52,7 @@ class AsyncEngine:
 
     @contextmanager
     def places(self, requests: Sequence[EngineRequest]) -> Iterator[None]:
-        """Takes a place for each, to generate in. Raises as `check_ready` does, and then takes none."""
+        """Takes a place for each until its answer is complete, or for none: then it raises as `check_ready` does."""
         self.check_ready(len(requests))
         taken = {request.request_id: asyncio.Queue[EngineOutput]() for request in requests}
         self._queues |= taken
@@ -60,7 +60,7 @@ class AsyncEngine:
             yield
         finally:
             for request_id in taken:
-                del self._queues[request_id]
+                self._queues.pop(request_id, None)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineOutput], None]:
         """All that has come since the last time, at least one output; the last one has a finish reason.
@@ -81,6 +81,7 @@ class AsyncEngine:
                 if reason is not None:
                     return
         finally:
+            del self._queues[request.request_id]
             if not finished:
                 self._channel.send(Abort(request.request_id))
 

@@ -77,6 +77,10 @@ async def test_a_full_engine_refuses(connect):
     engine.start()
     with engine.places([make_request("a", [1])]), pytest.raises(QueueFullError):
         await collect(engine, make_request("b", [1]))
+    request = make_request("f", [1], 2)
+    with engine.places([request]):
+        assert [output async for step in engine.generate(request) for output in step]
+        assert (await collect(engine, make_request("g", [1], 2)))[1] is FinishReason.LENGTH, "who is done leaves its place"
     together = [make_request(name, [1]) for name in "cd"]
     with pytest.raises(QueueFullError), engine.places(together):
         pass
