@@ -52,7 +52,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the output, beside the model's own end-of-sequence tokens.
         ignore_eos: go on after end-of-sequence tokens (stop_token_ids still stop).
         include_stop_str_in_output: the text ends with the stop string, or the stop token's text, that ended it.
-        min_tokens: so many tokens come before anything may stop the output.
+        min_tokens: so many tokens come before anything may stop the output, unless a grammar has nothing more to say.
         skip_special_tokens: the text leaves out what the tokenizer calls special.
         logit_bias: (token id, number added to its logit).
         allowed_token_ids: no others are drawn; empty allows all.

@@ -1,14 +1,24 @@
-"""A small Llama with random weights, and a tokenizer trained on this project's sources: real in all but sense."""
+"""A small Llama with random weights, and a tokenizer trained on words made up of syllables: real in all but sense."""
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import simple_flashinfer
-
 _VOCABULARY = 2048
+_SYLLABLES = [
+    "ar", "ber", "co", "dan", "el", "fi", "go", "hu", "in", "ja", "ken", "lo", "mi", "nor", "os", "pa", "qui", "ra", "se",
+    "tan", "ul", "vo", "wi", "yel", "zu", "the", "ing",
+]  # fmt: skip
+_PHRASES = """def main(self): return None
+class Request: import os
+if __name__ == "__main__": print("Hello, world!", 1, 23, 456)
+{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}
+What is the weather? I don't know. Tell me, please: one, two, three.
+"""
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -53,8 +63,7 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sources = sorted(Path(simple_flashinfer.__file__).parent.rglob("*.py"))
-    tokenizer.train([str(path) for path in sources], trainer)
+    tokenizer.train_from_iterator(_lines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
@@ -62,3 +71,12 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=_CHAT_TEMPLATE,
     )
+
+
+def _lines() -> Iterator[str]:
+    """Always the same, whatever becomes of the project: so is what the model says."""
+    yield from _PHRASES.splitlines() * 20
+    draw = random.Random(0)
+    words = ["".join(draw.choices(_SYLLABLES, k=draw.randint(1, 3))) for _ in range(1500)]
+    for _ in range(3000):
+        yield " ".join(draw.choices(words, k=8)).capitalize() + "."

@@ -4,9 +4,15 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from simple_flashinfer.config import Config
-from simple_flashinfer.server.schemas import INERT, ChatCompletionRequest, CompletionRequest
+import pytest
 
+from simple_flashinfer.config import Config
+from simple_flashinfer.server.message_schemas import MessagesRequest
+from simple_flashinfer.server.response_schema import ResponsesRequest
+from simple_flashinfer.server.schemas import INERT, ChatCompletionRequest, CompletionRequest, SamplingFields
+
+PROMPTS = {"messages", "prompt"}
+TEMPLATE = "chat_template_kwargs"  # as with chats
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -34,9 +40,16 @@ def test_the_make_targets_that_the_readme_names_are_there():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_table_of_parameters_has_them_all():
-    table = README[README.index("| parameter |") : README.index("## How it works")]
-    named = set(re.findall(r"`(\w+)`", table))
-    declared = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
-    accepted = (declared | INERT) - {"model", "messages", "prompt"}
-    assert accepted <= named, accepted - named
+@pytest.mark.parametrize(
+    ("heading", "declared"),
+    [
+        ("parameter", {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *INERT} - PROMPTS),
+        ("parameter of `/v1/messages`", MessagesRequest.model_fields.keys()),
+        ("parameter of `/v1/responses`", ResponsesRequest.model_fields.keys() - SamplingFields.model_fields - {TEMPLATE}),
+    ],
+)
+def test_the_tables_of_parameters_have_them_all(heading, declared):
+    table = README.partition(f"| {heading} |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:])))
+    assert declared - named <= {"model"}
+    assert named <= declared | {"enable_thinking"}

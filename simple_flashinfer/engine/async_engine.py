@@ -6,7 +6,8 @@ iterating, for whatever reason, aborts the request: a client that leaves frees i
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 
 from simple_flashinfer.engine.channel import EngineFailure, FrontEnd, Message
 from simple_flashinfer.types import (
@@ -49,14 +50,24 @@ class AsyncEngine:
         if len(self._queues) + num_requests > self._max_requests:
             raise QueueFullError(f"{len(self._queues)} requests are running or waiting already")
 
+    @contextmanager
+    def places(self, requests: Sequence[EngineRequest]) -> Iterator[None]:
+        """Takes a place for each until its answer is complete, or for none: then it raises as `check_ready` does."""
+        self.check_ready(len(requests))
+        taken = {request.request_id: asyncio.Queue[EngineOutput]() for request in requests}
+        self._queues |= taken
+        try:
+            yield
+        finally:
+            for request_id in taken:
+                self._queues.pop(request_id, None)
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineOutput], None]:
         """All that has come since the last time, at least one output; the last one has a finish reason.
 
-        Raises EngineDeadError or QueueFullError before the first.
+        Within `places` of the request only.
         """
-        self.check_ready()
-        outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
-        self._queues[request.request_id] = outputs
+        outputs = self._queues[request.request_id]
         self._channel.send(Add(request))
         finished = False
         try:

@@ -23,7 +23,7 @@ class LogitsProcessors:
     allowed: tuple[int, ...] = ()
     banned: tuple[tuple[int, ...], ...] = ()  # token sequences whose last token must not follow the others
     min_tokens: int = 0
-    ending: tuple[int, ...] = ()  # banned until there are min_tokens
+    ending: tuple[int, ...] = ()  # banned until there are min_tokens, or nothing else is left, as after a grammar's end
 
     @classmethod
     def of(cls, request: EngineRequest) -> "LogitsProcessors | None":
@@ -61,10 +61,11 @@ class LogitsProcessors:
             scores[index] = kept
         last = output[-max((len(words) for words in self.banned), default=1) :].tolist()
         forbidden = [words[-1] for words in self.banned if len(words) == 1 or last[-len(words) + 1 :] == list(words[:-1])]
-        if len(output) < self.min_tokens:
-            forbidden += self.ending
         if forbidden:
             scores[_tensor(np.array(forbidden), scores)] = -torch.inf
+        if len(output) < self.min_tokens:
+            going_on = scores.index_fill(0, _tensor(np.array(self.ending), scores), -torch.inf)
+            scores.copy_(torch.where(going_on.isfinite().any(), going_on, scores))
 
 
 @dataclass(frozen=True, slots=True)

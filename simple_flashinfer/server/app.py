@@ -1,16 +1,15 @@
 """The FastAPI app: routers, the API key, and the form of errors."""
 
-import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI
 
 from simple_flashinfer import __version__
 from simple_flashinfer.server import chat, completions, messages, responses, status, tokens
+from simple_flashinfer.server.api_key import ApiKeyCheck
 from simple_flashinfer.server.body import BodyLimit
-from simple_flashinfer.server.errors import RESPONSES, ApiError, add_error_handlers
+from simple_flashinfer.server.errors import RESPONSES, add_error_handlers
 from simple_flashinfer.server.schemas import MAX_CHOICES
 from simple_flashinfer.server.service import Service
 
@@ -29,24 +28,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         BodyLimit, max_bytes=context * service.tokenizer.longest_token, max_tokens=context, max_prompts=MAX_CHOICES
     )
-    guarded = [Depends(_key_check(service.config.api_key))] if service.config.api_key else []
-    for router in (chat.router, completions.router, messages.router, responses.router, tokens.router, status.router):
-        app.include_router(router, dependencies=guarded, responses=RESPONSES)
-    app.include_router(status.public, responses=RESPONSES)
+    documentation = {app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url}
+    if key := service.config.api_key:
+        app.add_middleware(ApiKeyCheck, key=key, public=documentation | status.PUBLIC_PATHS)
+    for module in (chat, completions, messages, responses, tokens, status):
+        app.include_router(module.router, responses=RESPONSES)
     return app
-
-
-def _key_check(key: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    """As OpenAI's clients send it, or as Anthropic's do."""
-    expected = {"authorization": f"Bearer {key}".encode(), "x-api-key": key.encode()}
-
-    async def check(http: Request) -> None:
-        given = {name: http.headers.get(name, "").encode("latin-1") for name in expected}  # the bytes as they came
-        if not any(secrets.compare_digest(given[name], expected[name]) for name in expected):
-            raise ApiError(
-                401, "The API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-
-    return check

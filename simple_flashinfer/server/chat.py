@@ -27,20 +27,16 @@ async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[An
     prompt = await chat_prompt(service, body)
     tools, forced = body.active_tools(), body.forced_tools()
     if forced:
-        grammar = await forced_call(service, prompt, forced, parallel=body.parallel_tool_calls is not False, body=body)
+        grammar = await forced_call(service, prompt, forced, body)
     else:
         grammar = await structured_answer(service, prompt, body)
     token_ids = await service.tokenize(prompt, add_special_tokens=False, param="messages")
     answers = []
     for index, request in enumerate(service.engine_requests(token_ids, body, "messages", grammar)):
-        parser, shown = service.tokenizer.output_parser(prompt, tools)
-        choice = ChatChoice(
-            service.tokenizer,
-            parser,
-            tool_named=isinstance(body.tool_choice, NamedTool),
-            token_ids=bool(body.return_token_ids),
-        )
-        answers.append(Answer(request, choice, leader=index == 0, shown=shown))
+        parser, shown = service.tokenizer.output_parser(prompt, tools, single_call=body.parallel_tool_calls is False)
+        tool_named = isinstance(body.tool_choice, NamedTool)
+        choice = ChatChoice(service.tokenizer, tool_named=tool_named, token_ids=bool(body.return_token_ids))
+        answers.append(Answer(request, choice, leader=index == 0, parser=parser, shown=shown))
     return answers
 
 

@@ -8,14 +8,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from simple_flashinfer.server.service import Piece
-from simple_flashinfer.text.parsing.output import OutputParser
 from simple_flashinfer.text.tokenizer import Tokenizer
 from simple_flashinfer.types import FinishReason, TokenLogprobs
 
 
 class Choice(Protocol):
-    num_reasoning_tokens: int
-
     def opening(self) -> dict[str, Any] | None:
         """The first chunk's choice, before any text."""
 
@@ -27,12 +24,10 @@ class Choice(Protocol):
 
 
 class ChatChoice:
-    """parser: finds reasoning and tool calls. tool_named: the client chose the tool itself, so calling it is no news."""
+    """tool_named: the client chose the tool itself, so calling it is no news."""
 
-    def __init__(self, tokenizer: Tokenizer, parser: OutputParser, *, tool_named: bool, token_ids: bool) -> None:
-        self.num_reasoning_tokens = 0
+    def __init__(self, tokenizer: Tokenizer, *, tool_named: bool, token_ids: bool) -> None:
         self._tokenizer = tokenizer
-        self._parser = parser
         self._tool_named = tool_named
         self._show_token_ids = token_ids
         self._content: list[str] = []
@@ -47,13 +42,11 @@ class ChatChoice:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def push(self, piece: Piece) -> dict[str, Any] | None:
-        parsed = self._parser.push(piece.text, final=piece.finish_reason is not None)
+        parsed = piece.parsed
         delta: dict[str, Any] = {}
         if parsed.reasoning:
             delta["reasoning_content"] = delta["reasoning"] = parsed.reasoning
             self._reasoning.append(parsed.reasoning)
-            if not parsed.content:
-                self.num_reasoning_tokens += len(piece.token_ids)
         if parsed.content:
             delta["content"] = parsed.content
             self._content.append(parsed.content)
@@ -109,8 +102,6 @@ class ChatChoice:
 
 class TextChoice:
     """echo: the prompt's tokens, when the answer is to begin with it."""
-
-    num_reasoning_tokens = 0
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ Those of the Messages API leave in Anthropic's: {"type": "error", "error": {"typ
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 _MAX_MESSAGE = 600  # characters; what a client sent may be in it
 _MAX_NAME = 100
 _RETRY_AFTER_SECONDS = "1"
-_ANTHROPIC_PATHS = {"/messages", "/messages/count_tokens"}
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_ANTHROPIC_OVERLOADED = 529
 _UNION_BRANCHES = {"str", "int"}  # pydantic's names for them in the path of an error
 
 
@@ -86,7 +86,10 @@ def _type(status: int) -> str:
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's form has no place for the field that is at fault, so the message names it."""
-    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    known = {
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+        429: "rate_limit_error",
+    }  # fmt: skip
     kind = known.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     if error.code == "queue_full":
         kind = "overloaded_error"
@@ -96,6 +99,15 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """One that names the field by which the client knows it. names: those of the client, by ours."""
+    name = (error.param or "").partition(".")[0]
+    if name not in names:
+        return error
+    message = error.message.replace(error.param or name, names[name]).replace(name, names[name])
+    return ApiError(error.status, message, param=names[name], code=error.code, headers=error.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -120,14 +132,14 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     # of the branches of a union those that got farthest say best what is wrong
     paths = [_path(entry["loc"]) for entry in errors]
     param = max(paths, key=lambda path: path.count("."))
-    if not param:
+    if not param and errors[0]["type"] != "value_error":
         return invalid(
             "The request body must be a JSON object, sent with Content-Type: application/json", None, "invalid_json"
         )
     messages = dict.fromkeys(
         str(entry["msg"]).removeprefix("Value error, ") for entry, path in zip(errors, paths, strict=True) if path == param
     )
-    return invalid(f"{param}: {', or: '.join(messages)}", param)
+    return invalid(f"{param or 'the request'}: {', or: '.join(messages)}", param or None)
 
 
 def _path(location: Sequence[str | int]) -> str:
@@ -136,11 +148,17 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(p for p in parts if p not in _UNION_BRANCHES and (p.isalnum() or "_" in p) and "[" not in p)
 
 
+def error_response(path: str, error: ApiError) -> JSONResponse:
+    """In the form of the API that the path belongs to."""
+    if f"{path.removeprefix('/v1')}/".startswith("/messages/"):
+        status = _ANTHROPIC_OVERLOADED if error.code == "queue_full" else error.status
+        return JSONResponse(anthropic_body(error), status_code=status, headers=error.headers)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     def respond(request: Request, error: ApiError) -> JSONResponse:
-        anthropic = request.url.path.removeprefix("/v1") in _ANTHROPIC_PATHS
-        body = anthropic_body(error) if anthropic else error.body
-        return JSONResponse(body, status_code=error.status, headers=error.headers)
+        return error_response(request.url.path, error)
 
     @app.exception_handler(RequestValidationError)
     def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,7 +1,8 @@
 """What a client of Anthropic's Messages API may send, and the chat request that says the same.
 
-Names and meanings are Anthropic's. A field that is not listed here is refused by name. `cache_control`, `metadata` and
-`service_tier` ask for nothing: prompts are cached in any case, and all requests are served alike.
+Names and meanings are Anthropic's. A field that is not listed here is refused by name. `cache_control`, `metadata`,
+`service_tier` and `user_profile_id` ask for nothing: prompts are cached in any case, and all requests are served alike.
+Where a type has one value only, it is the one that asks for what happens anyway.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.server.schemas import (
@@ -20,24 +21,21 @@ from simple_flashinfer.server.schemas import (
     ListOf,
     NamedFunction,
     NamedTool,
+    Strict,
     Tool,
     ToolCall,
 )
 from simple_flashinfer.types import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextBlock(_Strict):
+class TextBlock(Strict):
     type: Literal["text"]
     text: str
     citations: None = None
     cache_control: Any = None
 
 
-class ThinkingBlock(_Strict):
+class ThinkingBlock(Strict):
     """signature: of no use here, where nothing is signed."""
 
     type: Literal["thinking"]
@@ -45,19 +43,20 @@ class ThinkingBlock(_Strict):
     signature: str | None = None
 
 
-class RedactedThinkingBlock(_Strict):
+class RedactedThinkingBlock(Strict):
     """Left out of the prompt: only Anthropic can read it."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
-class ToolUseBlock(_Strict):
+class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
     caller: Any = None
+    toolset_name: None = None
     cache_control: Any = None
 
     def for_chat(self, place: str) -> ToolCall:
@@ -68,11 +67,12 @@ class ToolUseBlock(_Strict):
         return ToolCall(id=self.id, function=FunctionCall(name=self.name, arguments=arguments))
 
 
-class ToolResultBlock(_Strict):
+class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | ListOf[TextBlock] | None = None
     is_error: bool | None = None
+    toolset_name: None = None
     cache_control: Any = None
 
     def for_chat(self) -> ChatMessage:
@@ -102,6 +102,7 @@ Block = Annotated[
 _SPOKEN_BY = {
     "user": {"text", "tool_result"},
     "assistant": {"text", "thinking", "redacted_thinking", "tool_use"},
+    "system": {"text"},
 }
 
 
@@ -109,8 +110,8 @@ def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
 
 
-class Message(_Strict):
-    role: Literal["user", "assistant"]
+class Message(Strict):
+    role: Literal["user", "assistant", "system"]
     content: str | ListOf[Block]
 
     def for_chat(self, place: str) -> Iterator[ChatMessage]:
@@ -144,8 +145,8 @@ def _user_messages(blocks: list[Block]) -> Iterator[ChatMessage]:
             yield from (block.for_chat() for block in group if isinstance(block, ToolResultBlock))
 
 
-class ToolDefinition(_Strict):
-    """eager_input_streaming: a tool's input is streamed as it is written in any case."""
+class ToolDefinition(Strict):
+    """eager_input_streaming: a tool's input is streamed as it is written in any case. input_examples: go into the schema."""
 
     type: str | None = None
     name: str = Field(pattern=TOOL_NAME)
@@ -153,6 +154,9 @@ class ToolDefinition(_Strict):
     input_schema: dict[str, Any]
     strict: bool | None = None
     eager_input_streaming: bool | None = None
+    input_examples: ListOf[dict[str, Any]] | None = None
+    allowed_callers: ListOf[Literal["direct"]] | None = None
+    defer_loading: Literal[False] | None = None
     cache_control: Any = None
 
     @field_validator("type")
@@ -168,15 +172,13 @@ class ToolDefinition(_Strict):
         function = {
             "name": self.name,
             "description": self.description,
-            "parameters": self.input_schema,
+            "parameters": self.input_schema | ({"examples": self.input_examples} if self.input_examples else {}),
             "strict": self.strict,
         }
         return Tool.model_validate({"type": "function", "function": function})
 
 
-class ToolChoice(_Strict):
-    """disable_parallel_tool_use: enforced where a call is, that is with `any` and `tool`."""
-
+class ToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
@@ -189,18 +191,29 @@ class ToolChoice(_Strict):
         return self.type if self.type != "tool" else NamedTool(type="function", function=NamedFunction(name=self.name or ""))
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """Becomes the chat template's `enable_thinking`; without it the template decides. `adaptive` is `enabled`.
 
+    display: `omitted` leaves the text out of thinking blocks.
     budget_tokens: nothing stops the model there, as with Anthropic it is no strict limit. Only `max_tokens` is one.
     """
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1024)
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
-class CountTokensRequest(_Strict):
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(Strict):
     """What makes up a prompt."""
 
     model: str
@@ -209,11 +222,14 @@ class CountTokensRequest(_Strict):
     tools: ListOf[ToolDefinition] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    speed: Literal["standard"] | None = None
+    user_profile_id: Any = None
     cache_control: Any = None
 
     def for_chat(self) -> ChatCompletionRequest:
         """A last message of the assistant is continued. Raises a 400 where it has more than text."""
-        choice, thinking, messages = self.tool_choice, self.thinking, self._chat_messages()
+        choice, thinking, config, messages = self.tool_choice, self.thinking, self.output_config, self._chat_messages()
         prefilled = messages[-1].role == "assistant"
         if prefilled and (messages[-1].tool_calls or not messages[-1].content):
             place = f"messages.{len(self.messages) - 1}"
@@ -229,6 +245,10 @@ class CountTokensRequest(_Strict):
             chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
         if thinking is not None:
             chat["chat_template_kwargs"] = {"enable_thinking": thinking.type != "disabled"}
+        if config is not None:
+            chat["reasoning_effort"] = "xhigh" if config.effort == "max" else config.effort
+        if config is not None and config.format is not None:
+            chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": config.format.json_schema}}
         return ChatCompletionRequest.model_validate(chat)
 
     def _chat_messages(self) -> list[ChatMessage]:
@@ -266,6 +286,9 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     metadata: Any = None
     service_tier: Any = None
+    container: None = None
+    diagnostics: None = None
+    inference_geo: None = None
 
     def for_chat(self) -> ChatCompletionRequest:
         if self.thinking and (self.thinking.budget_tokens or 0) >= self.max_tokens:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.chat import chat_answers, chat_prompt
-from simple_flashinfer.server.errors import anthropic_body, as_api_error
+from simple_flashinfer.server.errors import ApiError, anthropic_body, as_api_error, renamed
 from simple_flashinfer.server.message_schemas import CountTokensRequest, MessagesRequest
 from simple_flashinfer.server.respond import Answer, Numbered, generate_all, send
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
@@ -23,6 +23,7 @@ _DELTAS = {  # of the types of blocks: what a delta is called, and where its tex
     "text": ("text_delta", "text"),
     "tool_use": ("input_json_delta", "partial_json"),
 }
+_NAMES = {"response_format": "output_config.format"}  # of the chat's fields
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -30,8 +31,13 @@ _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 @router.post("/messages", include_in_schema=False)
 async def messages(body: MessagesRequest, http: Request) -> Response:
     service = service_of(http)
-    (answer,) = await chat_answers(service, body.for_chat())
-    return await send(http, generate_all(service, [answer]), _Message(service, answer), stream=bool(body.stream))
+    try:
+        (answer,) = await chat_answers(service, body.for_chat())
+    except ApiError as error:
+        raise renamed(error, _NAMES) from error
+    shows_thinking = body.thinking is None or body.thinking.display != "omitted"
+    message = _Message(service, answer, shows_thinking=shows_thinking)
+    return await send(http, generate_all(service, [answer]), message, stream=bool(body.stream))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -45,7 +51,7 @@ async def count_tokens(body: CountTokensRequest, http: Request) -> dict[str, int
 class _Message:
     """Takes in what a chat says of each piece, and gives back events; the whole answer is what was taken in."""
 
-    def __init__(self, service: Service, answer: Answer) -> None:
+    def __init__(self, service: Service, answer: Answer, *, shows_thinking: bool = True) -> None:
         self._choice = answer.choice
         self._usage = Usage(len(answer.request.prompt_token_ids))
         self._head = {
@@ -54,6 +60,7 @@ class _Message:
             "role": "assistant",
             "model": service.config.model_name,
         }
+        self._shows_thinking = shows_thinking
         self._started = False
         self._blocks: list[tuple[dict[str, Any], list[str]]] = []  # as they begin, and the texts of their deltas
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
@@ -78,7 +85,7 @@ class _Message:
     def _told(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "content": content, **self._end, "usage": self._usage_json()}
 
-    def _usage_json(self) -> dict[str, int]:
+    def _usage_json(self) -> dict[str, Any]:
         """With Anthropic, input tokens are those that were not cached. Nothing is said to be written to the cache."""
         usage = self._usage
         return {
@@ -86,11 +93,11 @@ class _Message:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_tokens,
+            "output_tokens_details": {"thinking_tokens": usage.num_reasoning_tokens},
         }
 
     def _push(self, piece: Piece) -> list[dict[str, Any]]:
-        self._usage.num_tokens += len(piece.token_ids)
-        self._usage.num_cached_tokens += piece.num_cached_tokens or 0
+        self._usage.add(piece)
         told = [] if self._started else [{"type": "message_start", "message": self._told([])}]
         self._started = True
         fields = self._choice.push(piece)
@@ -98,7 +105,8 @@ class _Message:
             return told
         delta = fields["delta"]
         if thinking := delta.get("reasoning"):
-            told += self._add({"type": "thinking", "thinking": "", "signature": ""}, thinking)
+            shown = thinking if self._shows_thinking else ""
+            told += self._add({"type": "thinking", "thinking": "", "signature": ""}, shown)
         calls = delta.get("tool_calls", [])
         # what goes on with a call comes before the text after it, and new calls come after the text before them
         told += [more for call in calls if "id" not in call for more in self._more(call["function"]["arguments"])]

@@ -16,6 +16,7 @@ from simple_flashinfer.server.errors import as_api_error
 from simple_flashinfer.server.schemas import GenerationRequest
 from simple_flashinfer.server.service import Piece, Service, Usage
 from simple_flashinfer.server.sse import DONE, ClientLeftError, EventStream, event, until_disconnect
+from simple_flashinfer.text.parsing.output import OutputParser
 from simple_flashinfer.types import EngineRequest
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client never sees it
@@ -30,11 +31,15 @@ class Wording:
 
 @dataclass(slots=True)
 class Answer:
-    """One request of the engine, and how its output is told. shown: special tokens that are part of the text."""
+    """One request of the engine, and how its output is told.
+
+    parser: finds reasoning and tool calls in it. shown: special tokens that are part of the text.
+    """
 
     request: EngineRequest
     choice: Choice
     leader: bool = True  # the first of those with the same prompt
+    parser: OutputParser | None = None
     shown: frozenset[str] = frozenset()
 
 
@@ -54,13 +59,21 @@ class Telling(Protocol):
 async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
     """Pieces of all answers as they come, with the answer's index.
 
-    Of answers to one prompt the first goes ahead: when it has a token the prompt is in the cache, and the others share it.
+    All have their places in the engine, or none has: then it is an error before the first piece.
     """
-    if len(answers) == 1:  # the usual case, without tasks
-        async with aclosing(service.generate(answers[0].request, answers[0].shown)) as pieces:
-            async for piece in pieces:
-                yield 0, piece
-        return
+    with service.engine.places([answer.request for answer in answers]):
+        if len(answers) == 1:  # the usual case, without tasks
+            async with aclosing(service.generate(answers[0].request, answers[0].parser, answers[0].shown)) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+        else:
+            async with aclosing(_generate_several(service, answers)) as several:
+                async for numbered in several:
+                    yield numbered
+
+
+async def _generate_several(service: Service, answers: list[Answer]) -> AsyncGenerator[Numbered, None]:
+    """The first answer to a prompt goes ahead: when it has a token the prompt is in the cache, and the others share it."""
     arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
     computed = asyncio.Event()  # replaced for each prompt
 
@@ -68,7 +81,7 @@ async def generate_all(service: Service, answers: list[Answer]) -> AsyncGenerato
         try:
             if not answer.leader:
                 await computed.wait()
-            async with aclosing(service.generate(answer.request, answer.shown)) as pieces:
+            async with aclosing(service.generate(answer.request, answer.parser, answer.shown)) as pieces:
                 async for piece in pieces:
                     computed.set()
                     arrived.put_nowait((index, piece))
@@ -136,16 +149,11 @@ class _Choices:
 
     def _push(self, index: int, piece: Piece) -> dict[str, Any] | None:
         answer, usage = self._answers[index], self._usage
-        usage.num_tokens += len(piece.token_ids)
-        if answer.leader:
-            usage.num_cached_tokens += piece.num_cached_tokens or 0
+        usage.add(piece, cached=answer.leader)
         if piece.prompt_logprobs is not None:
             ids = answer.request.prompt_token_ids.tolist()
             self._prompt_logprobs[index] = prompt_logprobs_json(self._tokenizer, ids, piece.prompt_logprobs)
-        before = answer.choice.num_reasoning_tokens
-        fields = answer.choice.push(piece)
-        usage.num_reasoning_tokens += answer.choice.num_reasoning_tokens - before
-        return fields
+        return answer.choice.push(piece)
 
     async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]:
         async with aclosing(pieces):

@@ -132,10 +132,11 @@ def parse_input(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The items in one form each, with ids. Raises a 400 that names the place."""
     if isinstance(given, str):
         return [_Message(role="user", content=given).as_json()]
-    return [_parse_item(item, f"input.{index}") for index, item in enumerate(given)]
+    items = [_parse_item(item, f"input.{index}") for index, item in enumerate(given)]
+    return [item.as_json() for item in items]
 
 
-def _parse_item(given: dict[str, Any], place: str) -> dict[str, Any]:
+def _parse_item(given: dict[str, Any], place: str) -> _Item:
     kind = given.get("type") or "message"  # a message needs none
     if not isinstance(kind, str) or kind not in _ITEMS:
         raise invalid(f"{place}.type must be one of {', '.join(_ITEMS)}", f"{place}.type")
@@ -147,7 +148,7 @@ def _parse_item(given: dict[str, Any], place: str) -> dict[str, Any]:
     item.refuse_unsupported(place)
     for name, part in item.parts():
         part.refuse_unsupported(f"{place}.{name}")
-    return item.as_json()
+    return item
 
 
 def conversation(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,18 +4,14 @@ import json
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from simple_flashinfer.server.errors import ApiError, invalid
-from simple_flashinfer.server.schemas import TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields
+from simple_flashinfer.server.errors import invalid
+from simple_flashinfer.server.schemas import TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields, Strict
 from simple_flashinfer.types import MAX_LOGPROBS
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class FunctionTool(_Strict):
+class FunctionTool(Strict):
     type: Literal["function"]
     name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
@@ -23,12 +19,12 @@ class FunctionTool(_Strict):
     strict: bool | None = None
 
 
-class NamedFunctionTool(_Strict):
+class NamedFunctionTool(Strict):
     type: Literal["function"]
     name: str
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -39,19 +35,19 @@ class TextFormat(_Strict):
 _PLAIN = TextFormat.model_validate({"type": "text"})
 
 
-class TextConfig(_Strict):
+class TextConfig(Strict):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class Reasoning(_Strict):
+class Reasoning(Strict):
     """summary: `auto` is the best there is, which is the reasoning itself."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto"] | None = None
 
 
-class ResponseStreamOptions(_Strict):
+class ResponseStreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -77,7 +73,7 @@ class ResponsesRequest(SamplingFields):
     store: bool | None = None
     metadata: (
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
-    ) = Field(None, max_length=16)  # fmt: skip
+    ) = Field(None, max_length=16, fail_fast=True)  # fmt: skip
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -154,18 +150,10 @@ class ResponsesRequest(SamplingFields):
         }
 
 
-_NAMES = {
+# of the chat completion's fields
+NAMES = {
     "messages": "input",
     "response_format": "text.format",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
-
-
-def in_words_of_responses(error: ApiError) -> ApiError:
-    """An error of the chat completion that names the field by which the client knows it."""
-    name = (error.param or "").partition(".")[0]
-    if name not in _NAMES:
-        return error
-    message = error.message.replace(error.param or name, _NAMES[name]).replace(name, _NAMES[name])
-    return ApiError(error.status, message, param=_NAMES[name], code=error.code, headers=error.headers)

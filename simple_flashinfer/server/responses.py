@@ -11,11 +11,11 @@ from starlette.responses import Response
 from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.chat import chat_answers
 from simple_flashinfer.server.choices import ChatChoice
-from simple_flashinfer.server.errors import ApiError, as_api_error, invalid
+from simple_flashinfer.server.errors import ApiError, as_api_error, invalid, renamed
 from simple_flashinfer.server.respond import Answer, Numbered, generate_all, send
 from simple_flashinfer.server.response_items import conversation, new_id, parse_input
 from simple_flashinfer.server.response_output import Event, ResponseOutput
-from simple_flashinfer.server.response_schema import ResponsesRequest, in_words_of_responses
+from simple_flashinfer.server.response_schema import NAMES, ResponsesRequest
 from simple_flashinfer.server.response_store import StoredResponse
 from simple_flashinfer.server.service import Piece, Service, Usage, service_of
 from simple_flashinfer.server.sse import event
@@ -52,7 +52,7 @@ async def _answer(service: Service, body: ResponsesRequest, messages: list[dict[
         try:
             (answer,) = await chat_answers(service, body.as_chat([*kept, *messages[start:]]))
         except ApiError as error:
-            raise in_words_of_responses(error) from error
+            raise renamed(error, NAMES) from error
         return answer
 
     try:
@@ -87,7 +87,7 @@ class _Reply:
     ) -> None:
         assert isinstance(answer.choice, ChatChoice)
         self._store = service.responses if body.store is not False else None
-        self._choice, self._output = answer.choice, ResponseOutput(answer.choice)
+        self._output = ResponseOutput(answer.choice)
         self._input_items, self._items = input_items, items
         self._usage = Usage(len(answer.request.prompt_token_ids))
         self._sequence_number = 0
@@ -133,8 +133,7 @@ class _Reply:
             yield self._event({"type": f"response.{self._response['status']}", "response": self._response})
 
     def _push(self, piece: Piece) -> list[Event]:
-        self._usage.num_tokens += len(piece.token_ids)
-        self._usage.num_cached_tokens += piece.num_cached_tokens or 0
+        self._usage.add(piece)
         return self._output.push(piece)
 
     def _event(self, fields: Event) -> bytes:
@@ -151,7 +150,6 @@ class _Reply:
             self._store.add(StoredResponse(self._response, self._input_items, items))
 
     def _end(self, status: str, **fields: Any) -> None:
-        self._usage.num_reasoning_tokens = self._choice.num_reasoning_tokens
         output = self._output.items()
         self._response = {**self._response, "status": status, "output": output, "usage": _usage_json(self._usage), **fields}
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.text.grammar import MAX_GRAMMAR_LENGTH
@@ -15,9 +15,12 @@ from simple_flashinfer.types import MAX_LOGPROBS, SamplingParams
 
 MAX_TOOLS = 128
 MAX_CHOICES = 128  # of one request: n, times prompts
+_MAX_FIELDS = 64  # of an object whose fields are all known
 
 T = TypeVar("T")
-ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]  # errors for a million elements would take half a minute
+# errors for a million elements would take half a minute
+ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+MapOf: TypeAlias = Annotated[dict[str, T], Field(fail_fast=True)]
 
 # For bookkeeping on OpenAI's side: they ask for nothing here, whatever their value.
 INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -38,17 +41,29 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return value is None or name in INERT or any(type(value) is type(v) and value == v for v in neutral)  # True is not 1
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """An object with these fields and no others; "3" and true are no numbers."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number(cls, given: Any) -> Any:
+        """Each field that is not known would be an error of its own."""
+        if isinstance(given, dict) and len(given) > _MAX_FIELDS:
+            raise ValueError(f"{len(given)} fields are more than {_MAX_FIELDS}")
+        return given
+
+
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Strict):
     """vLLM's: exactly one of them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     # `json` would hide a method of BaseModel
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     json_object: bool | None = None
@@ -78,7 +93,7 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: MapOf[float] | None = None
     allowed_token_ids: ListOf[int] | None = Field(None, min_length=1)
     bad_words: ListOf[str] | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -155,8 +170,7 @@ _SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
@@ -174,41 +188,35 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class Function(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Function(Strict):
     name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedFunction(Strict):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class JsonSchema(Strict):
     name: str | None = None
     description: str | None = None
     json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 

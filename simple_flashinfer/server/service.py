@@ -15,11 +15,28 @@ from simple_flashinfer.engine.requests import ContextLengthError, RequestFactory
 from simple_flashinfer.server.errors import ApiError, invalid
 from simple_flashinfer.server.response_store import ResponseStore
 from simple_flashinfer.server.schemas import GenerationRequest
+from simple_flashinfer.text.detokenizer import Detokenizer
+from simple_flashinfer.text.parsing.output import OutputParser, ParsedDelta
 from simple_flashinfer.text.tokenizer import ChatTemplateError, Tokenizer
-from simple_flashinfer.types import EngineRequest, FinishReason, TokenLogprobs
+from simple_flashinfer.types import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 
 LONG_TEXT = 10_000  # characters from which tokenizing would hold up other requests: a thread does it
 _SPARE_VALUES = 16_384  # in messages and tools, besides one for each token of the context
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one or more steps added to an answer; the last has a finish_reason."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    num_cached_tokens: int | None = None  # with the first
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first, where asked for
+    parsed: ParsedDelta = field(default_factory=ParsedDelta)  # where there is a parser: the text's parts
+    num_reasoning_tokens: int = 0  # of token_ids
 
 
 @dataclass(slots=True)
@@ -31,6 +48,13 @@ class Usage:
     num_cached_tokens: int = 0  # of the prompts
     num_reasoning_tokens: int = 0  # of the generated ones
 
+    def add(self, piece: Piece, cached: bool = True) -> None:
+        """cached: whether the prompt is one that was not counted before."""
+        self.num_tokens += len(piece.token_ids)
+        self.num_reasoning_tokens += piece.num_reasoning_tokens
+        if cached:
+            self.num_cached_tokens += piece.num_cached_tokens or 0
+
     def as_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
@@ -39,19 +63,6 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
         }
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one or more steps added to an answer; the last has a finish_reason."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None  # the stop string or stop token that ended it
-    num_cached_tokens: int | None = None  # with the first
-    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first, where asked for
 
 
 @dataclass(slots=True)
@@ -133,34 +144,48 @@ class Service:
             raise invalid(str(error) if at_fault == field_name else f"{param}: {error}", at_fault) from error
         return requests
 
-    async def generate(self, request: EngineRequest, shown: frozenset[str] = frozenset()) -> AsyncGenerator[Piece, None]:
-        """The answer, piece by piece. shown: special tokens that are to be seen in its text.
+    async def generate(
+        self, request: EngineRequest, parser: OutputParser | None = None, shown: frozenset[str] = frozenset()
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer, piece by piece; within a place of the engine. shown: special tokens that are to be seen in its text.
 
-        Raises ApiError when the engine fails on it.
+        Reasoning lasts from after its opening tag to its closing tag. Raises ApiError when the engine fails on it.
         """
         params = request.params
         detokenizer = self.tokenizer.detokenizer(params, shown)
         async with aclosing(self.engine.generate(request)) as steps:
             async for outputs in steps:
-                reason = outputs[-1].finish_reason
-                if reason is FinishReason.ERROR:
-                    raise ApiError(500, outputs[-1].error or "The engine failed.", code="engine_error")
-                token_ids = [token for output in outputs for token in output.token_ids]
-                delta = detokenizer.push(token_ids, reason)
-                stop_reason: str | int | None = delta.stop_string
-                if reason is FinishReason.STOP and stop_reason is None and token_ids[-1] in params.stop_token_ids:
-                    stop_reason = token_ids[-1]
-                yield Piece(
-                    delta.text,
-                    token_ids[: delta.num_tokens],
-                    [output.logprobs for output in outputs[: delta.num_tokens] if output.logprobs is not None],
-                    delta.finish_reason,
-                    stop_reason,
-                    outputs[0].num_cached_tokens,
-                    outputs[0].prompt_logprobs,
-                )
-                if delta.finish_reason is not None:
+                piece = Piece(num_cached_tokens=outputs[0].num_cached_tokens, prompt_logprobs=outputs[0].prompt_logprobs)
+                for output in outputs:
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise ApiError(500, output.error or "The engine failed.", code="engine_error")
+                    _extend(piece, output, params, detokenizer, parser)
+                    if piece.finish_reason is not None:
+                        break
+                if parser is not None:
+                    piece.parsed = parser.out.take()
+                yield piece
+                if piece.finish_reason is not None:
                     return
+
+
+def _extend(
+    piece: Piece, output: EngineOutput, params: SamplingParams, detokenizer: Detokenizer, parser: OutputParser | None
+) -> None:
+    delta = detokenizer.push(output.token_ids, output.finish_reason)
+    piece.text += delta.text
+    piece.token_ids += output.token_ids[: delta.num_tokens]
+    if output.logprobs is not None and delta.num_tokens:
+        piece.logprobs.append(output.logprobs)
+    piece.finish_reason, piece.stop_reason = delta.finish_reason, delta.stop_string
+    if output.finish_reason is FinishReason.STOP and delta.stop_string is None:
+        last = output.token_ids[-1]
+        piece.stop_reason = last if last in params.stop_token_ids else None
+    if parser is not None:
+        piece.num_reasoning_tokens += delta.num_tokens * parser.out.in_reasoning
+        parser.feed(delta.text, final=delta.finish_reason is not None)
+        if parser.out.ended:
+            piece.finish_reason = FinishReason.STOP
 
 
 def service_of(request: Request) -> Service:

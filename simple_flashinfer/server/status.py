@@ -8,8 +8,8 @@ from simple_flashinfer import __version__
 from simple_flashinfer.server.service import Service, service_of
 from simple_flashinfer.types import EngineDeadError
 
-router = APIRouter()  # behind the API key, if there is one
-public = APIRouter()  # for load balancers and the curious
+router = APIRouter()
+PUBLIC_PATHS = {"/", "/health", "/version", "/v1/version"}  # for load balancers and the curious, without the API key
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -47,7 +47,7 @@ async def kv_cache(http: Request) -> dict[str, int]:
     }
 
 
-@public.get("/health")
+@router.get("/health")
 async def health(http: Request) -> dict[str, Any]:
     """503 when the engine is dead."""
     engine = service_of(http).engine
@@ -57,13 +57,13 @@ async def health(http: Request) -> dict[str, Any]:
     return {"status": "ok", "running": stats.num_running, "waiting": stats.num_waiting}
 
 
-@public.get("/version")
-@public.get("/v1/version", include_in_schema=False)
+@router.get("/version")
+@router.get("/v1/version", include_in_schema=False)
 async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@public.get("/")
+@router.get("/")
 async def root(http: Request) -> dict[str, Any]:
     return {
         "name": "simple-flashinfer",
@@ -72,6 +72,8 @@ async def root(http: Request) -> dict[str, Any]:
         "endpoints": [
             "/v1/chat/completions",
             "/v1/completions",
+            "/v1/messages",
+            "/v1/responses",
             "/v1/models",
             "/tokenize",
             "/detokenize",

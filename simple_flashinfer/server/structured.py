@@ -79,10 +79,8 @@ def _of_structured_outputs(given: StructuredOutputs) -> str:
     return makers[name](value)
 
 
-async def forced_call(
-    service: Service, prompt: str, tools: list[dict[str, Any]], parallel: bool, body: ChatCompletionRequest
-) -> str:
-    """The grammar of one of these calls, or of several if parallel, in the model's own format."""
+async def forced_call(service: Service, prompt: str, tools: list[dict[str, Any]], body: ChatCompletionRequest) -> str:
+    """The grammar of one of these calls or of several, in the model's own format."""
     tokenizer = service.tokenizer
     if body.structured_outputs is not None or (body.response_format is not None and body.response_format.type != "text"):
         raise invalid("tool_choice forces a tool call, which excludes response_format and structured_outputs", "tool_choice")
@@ -96,7 +94,6 @@ async def forced_call(
         lark = call_grammar(
             str(tokenizer.tool_format),
             tools,
-            parallel=parallel,
             special_tokens=marks,
             reasoning_format=tokenizer.reasoning_format,
             starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),

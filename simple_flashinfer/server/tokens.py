@@ -5,20 +5,19 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from simple_flashinfer.server.body import StrictRoute
 from simple_flashinfer.server.errors import ApiError, invalid
-from simple_flashinfer.server.schemas import MAX_TOOLS, ChatMessage, ListOf, Tool, check_template_kwargs
+from simple_flashinfer.server.schemas import MAX_TOOLS, ChatMessage, ListOf, Strict, Tool, check_template_kwargs
 from simple_flashinfer.server.service import LONG_TEXT, service_of
 
 router = APIRouter(route_class=StrictRoute)
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Strict):
     """Either a prompt, or messages as in a chat."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
     prompt: str | None = None
     messages: ListOf[ChatMessage] | None = Field(None, min_length=1)
@@ -29,8 +28,7 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: ListOf[int]
 

@@ -94,14 +94,18 @@ class Tokenizer:
             include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
         )  # fmt: skip
 
-    def output_parser(self, prompt: str, tools: Sequence[Mapping[str, Any]]) -> tuple[OutputParser, frozenset[str]]:
+    def output_parser(
+        self, prompt: str, tools: Sequence[Mapping[str, Any]], *, single_call: bool = False
+    ) -> tuple[OutputParser, frozenset[str]]:
         """Parser for the answer to a rendered prompt, and the special tokens that it has to see."""
         if self._has_response_template:
             parser = self._tokenizer.get_response_parser(prefix=prompt, tools=list(tools) or None)
-            return ResponseTemplateParser(parser), frozenset(self.special_tokens)
+            return ResponseTemplateParser(parser, single_call=single_call), frozenset(self.special_tokens)
         tool_format = self.tool_format if tools else None
         opened = opens_reasoning(prompt, self.reasoning_format)
-        parser = make_parser(tool_format, self.reasoning_format, tools=tools, starts_in_reasoning=opened)
+        parser = make_parser(
+            tool_format, self.reasoning_format, tools=tools, starts_in_reasoning=opened, single_call=single_call
+        )
         return parser, markers(tool_format, self.reasoning_format)
 
     @cached_property

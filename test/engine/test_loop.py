@@ -35,7 +35,8 @@ def connect(request):
 
 
 async def collect(engine, request):
-    outputs = [output async for step in engine.generate(request) for output in step]
+    with engine.places([request]):
+        outputs = [output async for step in engine.generate(request) for output in step]
     assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
     return [token for output in outputs for token in output.token_ids], outputs[-1].finish_reason
 
@@ -57,9 +58,11 @@ async def test_who_stops_iterating_aborts(connect):
     core = make_engine(max_model_len=10_000, num_pages=3000)
     engine = AsyncEngine(connect(core), INFO, max_requests=2)
     engine.start()
-    steps = engine.generate(make_request("a", [1], 9000))
-    await anext(steps)
-    await steps.aclose()
+    request = make_request("a", [1], 9000)
+    with engine.places([request]):
+        steps = engine.generate(request)
+        await anext(steps)
+        await steps.aclose()
     engine.check_ready(2)
     while engine.stats.num_running or engine.stats.num_steps == 0:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -72,12 +75,16 @@ async def test_who_stops_iterating_aborts(connect):
 async def test_a_full_engine_refuses(connect):
     engine = AsyncEngine(connect(make_engine(max_model_len=10_000, num_pages=3000)), INFO, max_requests=1)
     engine.start()
-    first = engine.generate(make_request("a", [1], 5000))
-    await anext(first)
-    with pytest.raises(QueueFullError):
-        await anext(engine.generate(make_request("b", [1])))
-    await first.aclose()
-    assert (await collect(engine, make_request("c", [1], 2)))[1] is FinishReason.LENGTH
+    with engine.places([make_request("a", [1])]), pytest.raises(QueueFullError):
+        await collect(engine, make_request("b", [1]))
+    request = make_request("f", [1], 2)
+    with engine.places([request]):
+        assert [output async for step in engine.generate(request) for output in step]
+        assert (await collect(engine, make_request("g", [1], 2)))[1] is FinishReason.LENGTH, "who is done leaves its place"
+    together = [make_request(name, [1]) for name in "cd"]
+    with pytest.raises(QueueFullError), engine.places(together):
+        pass
+    assert (await collect(engine, make_request("e", [1], 2)))[1] is FinishReason.LENGTH, "nothing was taken for the others"
     await engine.close()
 
 

@@ -26,7 +26,15 @@ def test_api_key(random_model):
             response = httpx.post(daemon.url + "/v1/completions", json=PROMPT, headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(daemon.url + "/v1/models").status_code == 401
+        public = {"/", "/health", "/version"}
+        for path, methods in daemon.get("/openapi.json")["paths"].items():
+            for method in methods:
+                status = httpx.request(method, daemon.url + path).status_code
+                assert status == (200 if path in public else 401), path
+        for path, code in (("/v1/responses", "invalid_api_key"), ("/v1/messages", None), ("/nowhere", "invalid_api_key")):
+            response = httpx.post(daemon.url + path, content=b"{" * 10**6, headers={"Content-Type": "application/json"})
+            assert response.status_code == 401, "the key comes before the body"
+            assert response.json()["error"].get("code") == code
         client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="sesame")
         assert client.completions.create(model=random_model, **PROMPT).choices[0].text
 
@@ -45,6 +53,9 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(random_model
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "queue_full"
+                message = {"model": "model", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
+                refused = await client.post(daemon.url + "/v1/messages", json=message)
+                assert (refused.status_code, refused.json()["error"]["type"]) == (529, "overloaded_error")
                 for answer in await asyncio.gather(*first):
                     assert answer.json()["usage"]["completion_tokens"] == 150
                 assert (await client.post(url, json=PROMPT)).status_code == 200
@@ -52,6 +63,34 @@ def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(random_model
         asyncio.run(scenario())
         daemon.wait_until_idle()
         assert not any("Traceback" in line for line in daemon.log)
+
+
+def test_several_answers_take_their_places_together(random_model):
+    """What was admitted is answered in full, however many others ask before its prompt is computed."""
+    with Daemon("--model", random_model, "--max_sequence", "1", "--max_waiting", "4") as daemon:
+
+        async def scenario():
+            async with httpx.AsyncClient(timeout=60) as client:
+                url = daemon.url + "/v1/completions"
+
+                def waiting(number):
+                    return asyncio.to_thread(lambda: daemon.get("/health")["waiting"] == number)
+
+                async with client.stream("POST", url, json=endless()) as running:
+                    lines = running.aiter_lines()
+                    await anext(lines)
+                    several = asyncio.create_task(client.post(url, json={**PROMPT, "n": 3, "ignore_eos": True}))
+                    while not await waiting(1):
+                        pass
+                    last = asyncio.create_task(client.post(url, json=PROMPT))
+                    while not await waiting(2):
+                        pass
+                    assert (await client.post(url, json=PROMPT)).json()["error"]["code"] == "queue_full"
+                assert [c["finish_reason"] for c in (await several).json()["choices"]] == ["length"] * 3
+                assert (await last).status_code == 200
+
+        asyncio.run(scenario())
+        daemon.wait_until_idle()
 
 
 def test_who_leaves_the_queue_leaves_nothing_behind(random_model):

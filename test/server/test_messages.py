@@ -178,6 +178,33 @@ def test_a_forced_call_and_its_result(caller):
     assert count == after.usage.input_tokens + after.usage.cache_read_input_tokens
 
 
+CALLS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}\n</tool_call>'
+REPEATED = {"structured_outputs": {"choice": [f"{CALLS}\n" * 3]}}  # a model that would go on and on
+
+
+def test_no_more_calls_than_are_wanted(guarded, caller):
+    chat = {"model": "demo", "messages": HELLO, "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    with openai.OpenAI(base_url=guarded.url + "/v1", api_key="sesame", max_retries=0) as client:
+
+        def call(**more):
+            return client.chat.completions.create(**chat, temperature=0, max_tokens=1000, extra_body=REPEATED, **more)
+
+        several, one = call(), call(parallel_tool_calls=False)
+        assert len(several.choices[0].message.tool_calls) == 3
+        (only,) = one.choices[0].message.tool_calls
+        assert json.loads(only.function.arguments) == {"city": "Rome", "days": 1}
+        assert one.choices[0].finish_reason == "tool_calls"
+        assert one.usage.completion_tokens < several.usage.completion_tokens / 2
+        chunks = list(call(parallel_tool_calls=False, n=2, stream=True, stream_options={"include_usage": True}))
+        assert {c.index for chunk in chunks for ch in chunk.choices for c in ch.delta.tool_calls or ()} == {0}
+        ends = [ch.finish_reason for chunk in chunks for ch in chunk.choices if ch.finish_reason]
+        assert ends == ["tool_calls"] * 2
+        assert chunks[-1].usage.completion_tokens == 2 * one.usage.completion_tokens
+    headers = {"x-api-key": "sesame"}
+    while httpx.get(guarded.url + "/kv_cache", headers=headers).json()["utilized_kv_cache"]:
+        pass  # what was left of the answers is not generated for nobody
+
+
 def test_what_the_chat_template_gets():
     request = MessagesRequest.model_validate({
         "model": "demo", "max_tokens": 2000, "system": "S", "thinking": {"type": "enabled", "budget_tokens": 1024},
@@ -208,15 +235,52 @@ def test_what_the_chat_template_gets():
     assert chat.template_kwargs() == {"enable_thinking": True, "add_generation_prompt": True}
 
 
+def test_output_config(client):
+    schema = {"type": "object", "properties": {"city": {"const": "Rome"}}, "required": ["city"]}
+    schema["additionalProperties"] = False
+    wanted = {"effort": "max", "format": {"type": "json_schema", "schema": schema}}
+    answer = client.messages.create(messages=HELLO, output_config=wanted, **{**GREEDY, "max_tokens": 1000})
+    assert json.loads(text_of(answer)) == {"city": "Rome"}
+    chat = MessagesRequest.model_validate({"model": "demo", "max_tokens": 1, "messages": HELLO, "output_config": wanted})
+    assert chat.for_chat().template_kwargs()["reasoning_effort"] == "xhigh"
+
+
+def test_the_system_may_speak_in_between(client, as_chat):
+    messages = [*HELLO, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}, *HELLO]
+    expected = as_chat([*HELLO, {"role": "system", "content": SYSTEM}, *HELLO]).choices[0].message.content
+    assert text_of(client.messages.create(messages=messages, **GREEDY)) == expected
+
+
+def test_what_asks_for_nothing(client):
+    nothing = {"container": None, "diagnostics": None, "inference_geo": None, "speed": "standard", "user_profile_id": "x"}
+    tools = [{**TOOL, "allowed_callers": ["direct"], "defer_loading": False, "input_examples": []}]
+    plain = client.messages.create(messages=HELLO, tools=[TOOL], **GREEDY)
+    more = {"temperature": 0, **nothing}
+    assert said(client.messages.create(messages=HELLO, tools=tools, **{**GREEDY, "extra_body": more})) == said(plain)
+
+
+async def test_thinking_may_be_left_out():
+    for streamed in (False, True):
+        message, pieces = message_of("<think>Well.</think>Yes.", 5)
+        message._shows_thinking = False
+        told = await events_of(message, pieces) if streamed else await message.whole(numbered(pieces))
+        assert "Well" not in json.dumps(told)
+        assert [(block["type"]) for block, _ in message._blocks] == ["thinking", "text"]
+
+
 def message_of(text, size):
     """The answer that a model would give with this text, in pieces of so many characters."""
     tools = [{"type": "function", "function": {"name": "f"}}]
-    choice = ChatChoice(None, make_parser("hermes", "think", tools=tools), tool_named=False, token_ids=False)
+    parser = make_parser("hermes", "think", tools=tools)
+    choice = ChatChoice(None, tool_named=False, token_ids=False)
     service = SimpleNamespace(config=SimpleNamespace(model_name="demo"))
     message = _Message(service, Answer(SimpleNamespace(prompt_token_ids=[1, 2, 3]), choice))
-    pieces = [Piece(text[at : at + size], [0], []) for at in range(0, len(text), size)]
+    pieces = []
+    for part in [*(text[at : at + size] for at in range(0, len(text), size)), ""]:
+        parser.feed(part, final=not part)
+        pieces.append(Piece(part, [0], finish_reason=None if part else FinishReason.STOP, parsed=parser.out.take()))
     pieces[0].num_cached_tokens = 2
-    return message, [*pieces, Piece("", [0], [], FinishReason.STOP)]
+    return message, pieces
 
 
 async def numbered(pieces):
@@ -302,6 +366,12 @@ CALLED = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
         ({"messages": [*HELLO, {"role": "assistant", "content": [CALLED]}]}, "messages.1: .*continued"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}]}, "tools.0.type: .*web_search"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format: .*not"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"container": "c"}, "container"),
+        ({"speed": "fast"}, "speed: .*standard"),
+        ({"messages": [{"role": "system", "content": [CALLED]}, *HELLO]}, "messages.0.content.0: .*system"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens"),
         ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice: .*--tool_call_parser"),
@@ -320,6 +390,10 @@ def test_other_errors(client, daemon):
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         client.messages.create(messages=HELLO, **{**GREEDY, "model": "claude"})
     assert httpx.get(daemon.url + "/v1/messages").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(daemon.url + "/v1/messages/batches").json()["error"]["type"] == "not_found_error"
+    with pytest.raises(anthropic.RequestTooLargeError, match="request_too_large"):
+        client.messages.create(messages=[{"role": "user", "content": "[" * 100_000}], **GREEDY)
+    assert httpx.post(daemon.url + "/v1/messages", content=b"{").json()["error"]["type"] == "invalid_request_error"
     assert "param" in httpx.get(daemon.url + "/v1/chat/completions").json()["error"]
 
 

@@ -136,6 +136,12 @@ def test_what_may_be_drawn(client, reference):
     assert tokenizer.encode(word)[0] not in without.choices[0].token_ids
 
 
+def test_a_grammar_that_is_complete_ends_before_min_tokens(client):
+    more = {"min_tokens": 7, "structured_outputs": {"regex": "ab?"}}
+    answer = client.completions.create(prompt="def main", extra_body=more, **GREEDY)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("ab", "stop"), "as long as the grammar lets it"
+
+
 def test_min_tokens_holds_off_stop_strings_and_stop_tokens(client):
     plain = client.completions.create(prompt="def main", extra_body={"return_token_ids": True}, **GREEDY).choices[0]
     stopping = {"stop_token_ids": [plain.token_ids[2]]}

@@ -264,11 +264,12 @@ I ask.
 def test_items_do_not_depend_on_how_the_text_is_cut(size):
     tool = {"type": "function", "function": {"name": "lookup", "parameters": TOOL["parameters"]}}
     parser = make_parser("hermes", "think", tools=[tool])
-    output = ResponseOutput(ChatChoice(None, parser, tool_named=False, token_ids=False))
+    output = ResponseOutput(ChatChoice(None, tool_named=False, token_ids=False))
     events = []
     for start in range(0, len(ANSWER), size):
         final = FinishReason.STOP if start + size >= len(ANSWER) else None
-        events += output.push(Piece(ANSWER[start : start + size], [1], [], final))
+        parser.feed(ANSWER[start : start + size], final is not None)
+        events += output.push(Piece(finish_reason=final, parsed=parser.out.take()))
     thought, message, *calls = output.items()
     assert thought["content"] == [{"type": "reasoning_text", "text": "Two of\nthem."}]
     assert message["content"][0]["text"].strip() == "I ask."

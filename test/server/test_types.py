@@ -1,14 +1,16 @@
-"""The installed `openai` package says which parameters there are, and what an answer must look like."""
+"""The installed `openai` and `anthropic` packages say which parameters there are, and what an answer must look like."""
 
 import json
 import typing
 
+import anthropic.types
 import httpx
 import pytest
 from openai.types import Completion, completion_create_params
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat import completion_create_params as chat_create_params
 
+from simple_flashinfer.server import message_schemas
 from simple_flashinfer.server.schemas import _NEUTRAL, INERT, ChatCompletionRequest, CompletionRequest
 
 # Parameters that are refused when they ask for something, and why.
@@ -38,6 +40,36 @@ def test_every_parameter_of_openai_s_is_known(theirs, ours, refused):
     names = typing.get_type_hints(theirs).keys()
     known = ours.model_fields.keys() | INERT | _NEUTRAL.keys()
     assert names - known == refused.keys(), "take it in, or say why not"
+
+
+WORKSPACE = {"workspace_id"}  # is sent as a header
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "refused"),
+    [
+        ("MessageCreateParamsNonStreaming", "MessagesRequest", WORKSPACE),
+        ("MessageCreateParamsStreaming", "MessagesRequest", WORKSPACE),
+        ("MessageCountTokensParams", "CountTokensRequest", WORKSPACE),
+        ("OutputConfigParam", "OutputConfig", set()),
+        ("JSONOutputFormatParam", "OutputFormat", set()),
+        ("ThinkingConfigParam", "Thinking", set()),
+        ("ToolParam", "ToolDefinition", set()),
+        ("ToolChoiceParam", "ToolChoice", set()),
+        ("MessageParam", "Message", set()),
+        ("TextBlockParam", "TextBlock", set()),
+        ("ThinkingBlockParam", "ThinkingBlock", set()),
+        ("RedactedThinkingBlockParam", "RedactedThinkingBlock", set()),
+        ("ToolUseBlockParam", "ToolUseBlock", set()),
+        ("ToolResultBlockParam", "ToolResultBlock", set()),
+    ],
+)
+def test_every_parameter_of_anthropic_s_is_known(theirs, ours, refused):
+    module = anthropic.types.message_create_params if "CreateParams" in theirs else anthropic.types
+    found = getattr(module, theirs)
+    names = set().union(*(typing.get_type_hints(kind) for kind in typing.get_args(found) or (found,)))
+    known = {field.alias or name for name, field in getattr(message_schemas, ours).model_fields.items()}
+    assert names - known == refused, "take it in, or say why not"
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -49,13 +49,18 @@ def collect(deltas):
     return "".join(delta.content for delta in deltas), "".join(delta.reasoning for delta in deltas), calls
 
 
+def push(parser, text, final=False):
+    parser.feed(text, final)
+    return parser.out.take()
+
+
 def parse(parser, text, sizes=None):
     """In pieces of these sizes and the rest; without sizes, all at once."""
     deltas = []
     for size in sizes or ():
-        deltas.append(parser.push(text[:size]))
+        deltas.append(push(parser, text[:size]))
         text = text[size:]
-    return collect([*deltas, parser.push(text, final=True)])
+    return collect([*deltas, push(parser, text, final=True)])
 
 
 def make(tool_format, reasoning=None, inside=False, tools=TOOLS):
@@ -203,44 +208,44 @@ def test_reasoning(text, inside, content, reasoning, tools):
 def test_content_flows_at_once():
     parser = make("hermes", "think")
     for text in ("Two ", "and", " two", " < ", "five"):
-        given = parser.push(text).content
+        given = push(parser, text).content
         assert given.strip() == text.strip()
-    assert parser.push(" <tool").content == ""
-    assert parser.push("box>").content == " <toolbox>"
-    assert parser.push("\n").content == ""  # a call may follow
-    assert parser.push("", final=True).content == "\n"
+    assert push(parser, " <tool").content == ""
+    assert push(parser, "box>").content == " <toolbox>"
+    assert push(parser, "\n").content == ""  # a call may follow
+    assert push(parser, "", final=True).content == "\n"
 
 
 def test_arguments_flow_at_once():
     parser = make("hermes")
-    assert not parser.push('<tool_call>{"name": "f').tool_calls
-    (call,) = parser.push('", ').tool_calls
+    assert not push(parser, '<tool_call>{"name": "f').tool_calls
+    (call,) = push(parser, '", ').tool_calls
     assert (call.index, call.name, call.arguments) == (0, "f", "")
     assert re.fullmatch("call_[0-9a-f]{24}", call.id)
     for text in ('{"city"', ': "Ro', "me", '\\"'):
         prefix = '"arguments": ' if text == '{"city"' else ""
-        (call,) = parser.push(prefix + text).tool_calls
+        (call,) = push(parser, prefix + text).tool_calls
         assert (call.index, call.id, call.name, call.arguments) == (0, None, None, text)
 
 
 def test_strings_of_qwen3_coder_flow_at_once():
     parser = make("qwen3_coder")
-    parser.push("<tool_call>\n<function=f>\n<parameter=s>\n")
-    assert parser.push("line\n").tool_calls[0].arguments == "line"
-    assert parser.push("next").tool_calls[0].arguments == "\\nnext"
+    push(parser, "<tool_call>\n<function=f>\n<parameter=s>\n")
+    assert push(parser, "line\n").tool_calls[0].arguments == "line"
+    assert push(parser, "next").tool_calls[0].arguments == "\\nnext"
 
 
 def test_ids():
-    (call,) = make("mistral").push('[TOOL_CALLS][{"name": "f", "arguments": {}}]', final=True).tool_calls
+    (call,) = push(make("mistral"), '[TOOL_CALLS][{"name": "f", "arguments": {}}]', final=True).tool_calls
     assert re.fullmatch("[0-9A-Za-z]{9}", call.id)
-    (call,) = make("mistral").push("[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{}", final=True).tool_calls
+    (call,) = push(make("mistral"), "[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{}", final=True).tool_calls
     assert call.id == "a1b2c3d4e"
 
 
 @pytest.mark.parametrize("tool_format", sorted(TOOL_FORMATS))
 def test_without_tools_text_passes_through(tool_format):
     for text, *_ in EXAMPLES[tool_format]:
-        deltas = [make(tool_format, tools=[]).push(text)]
+        deltas = [push(make(tool_format, tools=[]), text)]
         assert collect(deltas) == (text, "", [])
 
 
@@ -256,7 +261,7 @@ def test_little_text_waits_unread(tool_format):
     }
     for part in ("think " * 300, "</think>", " " * 300, starts[tool_format], "<tool_call" * 300):
         for char in part:
-            parser.push(char)
+            push(parser, char)
             assert len(parser._source._text) < 24
 
 
@@ -532,7 +537,27 @@ def test_response_template(tokenizer, prompt, text, expected):
     assert got == expected
 
 
+def test_response_template_knows_when_it_reasons(tokenizer):
+    for prompt, parts in (
+        ("<assistant>", [("<think>", True), ("hm", True), ("</think>", False), ("Hi", False)]),
+        ("<assistant><think>", [("hm", True), ("</think>", False), ("Hi", False)]),
+    ):
+        parser = ResponseTemplateParser(tokenizer.get_response_parser(prefix=prompt, tools=TOOLS))
+        for text, reasoning in parts:
+            parser.feed(text)
+            assert parser.out.in_reasoning == reasoning, text
+
+
+def test_response_template_ends_with_a_single_call(tokenizer):
+    text = 'Hi <call>{"name": "f"}</call><call>{"name": "g"}</call>, ok'
+    for sizes in ([], [1] * len(text)):
+        source = tokenizer.get_response_parser(prefix="<assistant>", tools=TOOLS)
+        parser = ResponseTemplateParser(source, single_call=True)
+        assert parse(parser, text, sizes) == ("Hi", "", [("f", "{}")])
+        assert parser.out.ended
+
+
 def test_response_template_streams(tokenizer):
     parser = ResponseTemplateParser(tokenizer.get_response_parser(prefix="<assistant>", tools=TOOLS))
-    assert parser.push("<think>first").reasoning == "first"
-    assert parser.push("</think>then").content == "then"
+    assert push(parser, "<think>first").reasoning == "first"
+    assert push(parser, "</think>then").content == "then"

@@ -27,12 +27,11 @@ def call_grammar(
     tool_format: str,
     tools: Sequence[Mapping[str, Any]],
     *,
-    parallel: bool = True,
     special_tokens: Mapping[str, int] | None = None,
     reasoning_format: str | None = None,
     starts_in_reasoning: bool = False,
 ) -> str:
-    """One call of the given tools, or several if parallel, after reasoning where there is a format for it.
+    """One call of the given tools or several, after reasoning where there is a format for it.
 
     special_tokens: ids of those tokens of the vocabulary that the tokenizer takes for special: a grammar's text doesn't
     match them. Raises KeyError for unknown formats, ValueError without tools.
@@ -45,7 +44,7 @@ def call_grammar(
         return f"<[{special[marker]}]>" if marker in special else _quote(marker)
 
     def repeat(rule: str, separator: str) -> str:
-        return f"{rule} ({separator} {rule})*" if parallel else rule
+        return f"{rule} ({separator} {rule})*"
 
     before, rules = _reasoning(reasoning_format, starts_in_reasoning, special, mark)
     schemas = argument_schemas(tools)

@@ -24,18 +24,19 @@ class ParsedDelta:
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
 
-class OutputParser(Protocol):
-    """For one answer. The deltas, put together, do not depend on how the text was cut."""
-
-    def push(self, text: str, final: bool = False) -> ParsedDelta:
-        """More text. final: it was the last, and what was held back comes too. Never raises, whatever the text."""
-
-
 class Output:
-    """White space next to a tool call is markup, not content: it is held back until it is known what follows."""
+    """White space next to a tool call is markup, not content: it is held back until it is known what follows.
 
-    def __init__(self, make_id: Callable[[], str]) -> None:
+    Attributes:
+        in_reasoning: whether more text would be reasoning.
+        ended: the one call that there may be is complete; what follows it is left out.
+    """
+
+    def __init__(self, make_id: Callable[[], str], *, single_call: bool = False) -> None:
+        self.in_reasoning = False
+        self.ended = False
         self._make_id = make_id
+        self._single_call = single_call
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, tuple[str | None, str | None, list[str]]] = {}
@@ -45,6 +46,8 @@ class Output:
         self.num_arguments = 0  # characters of the last call's arguments
 
     def content(self, text: str) -> None:
+        if self.ended:
+            return
         if self._after_call:
             text = text.lstrip()
         said = text.rstrip()
@@ -63,6 +66,8 @@ class Output:
         self._reasoning.append(text)
 
     def begin_call(self, name: str, call_id: str | None = None) -> None:
+        if self.ended:
+            return
         self._calls[self.num_calls] = (call_id or self._make_id(), name, [])
         self._space.clear()
         self._after_call = True
@@ -71,8 +76,13 @@ class Output:
 
     def arguments(self, text: str) -> None:
         """More of those of the call that began last."""
+        if self.ended:
+            return
         self._calls.setdefault(self.num_calls - 1, (None, None, []))[2].append(text)
         self.num_arguments += len(text)
+
+    def end_call(self) -> None:
+        self.ended = self._single_call
 
     def finish(self) -> None:
         self._content += self._space
@@ -84,3 +94,12 @@ class Output:
         delta = ParsedDelta("".join(self._content), "".join(self._reasoning), calls)
         self._content, self._reasoning, self._calls = [], [], {}
         return delta
+
+
+class OutputParser(Protocol):
+    """For one answer. What is put out does not depend on how the text was cut."""
+
+    out: Output
+
+    def feed(self, text: str, final: bool = False) -> None:
+        """More text. final: it was the last, and what was held back comes too. Never raises, whatever the text."""

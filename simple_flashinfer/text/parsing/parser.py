@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from simple_flashinfer.text.parsing.output import Output, OutputParser, ParsedDelta
+from simple_flashinfer.text.parsing.output import Output, OutputParser
 from simple_flashinfer.text.parsing.qwen3_coder import read_qwen3_coder
 from simple_flashinfer.text.parsing.source import Give, Reading, Source
 from simple_flashinfer.text.parsing.tool_formats import (
@@ -75,13 +75,18 @@ def make_parser(
     *,
     tools: Sequence[Mapping[str, Any]],
     starts_in_reasoning: bool = False,
+    single_call: bool = False,
 ) -> OutputParser:
-    """For one answer. tools: as OpenAI has them; without any, no calls are looked for. KeyError for unknown formats."""
+    """For one answer. tools: as OpenAI has them; without any, no calls are looked for. KeyError for unknown formats.
+
+    single_call: the answer ends with its first call.
+    """
     return MarkupParser(
         TOOL_FORMATS[tool_format] if tool_format and tools else None,
         REASONING_FORMATS[reasoning_format] if reasoning_format else None,
         argument_schemas(tools),
-        starts_in_reasoning,
+        starts_in_reasoning=starts_in_reasoning,
+        single_call=single_call,
     )
 
 
@@ -93,18 +98,20 @@ class MarkupParser:
         tool_format: ToolFormat | None,
         tags: tuple[str, str] | None,
         schemas: Mapping[str, Mapping[str, Any]],
+        *,
         starts_in_reasoning: bool,
+        single_call: bool,
     ) -> None:
         self._source = Source()
-        self._out = Output(tool_format.make_id if tool_format else openai_id)
+        self.out = Output(tool_format.make_id if tool_format else openai_id, single_call=single_call)
+        self.out.in_reasoning = tags is not None and starts_in_reasoning
         self._reader = self._read(tool_format, tags, schemas, starts_in_reasoning)
 
-    def push(self, text: str, final: bool = False) -> ParsedDelta:
+    def feed(self, text: str, final: bool = False) -> None:
         self._source.feed(text, final)
         next(self._reader, None)
         if final:
-            self._out.finish()
-        return self._out.take()
+            self.out.finish()
 
     def _read(
         self,
@@ -113,11 +120,11 @@ class MarkupParser:
         schemas: Mapping[str, Mapping[str, Any]],
         starts_in_reasoning: bool,
     ) -> Reading[None]:
-        content = self._out.content if tool_format else self._out.plain
+        content = self.out.content if tool_format else self.out.plain
         if tags:
             yield from self._read_reasoning(*tags, starts_in_reasoning, content)
         if tool_format:
-            yield from read_content(self._source, self._out, tool_format, schemas)
+            yield from read_content(self._source, self.out, tool_format, schemas)
         else:
             yield from self._source.until((), content)
 
@@ -131,6 +138,8 @@ class MarkupParser:
         if not opened and not inside:
             content(space)
             return
+        self.out.in_reasoning = True
         yield from source.space()
-        yield from source.until((closing,), self._out.reasoning)
+        yield from source.until((closing,), self.out.reasoning)
+        self.out.in_reasoning = False
         yield from source.space()

@@ -45,6 +45,7 @@ def read_qwen3_coder(source: Source, out: Output, marker: str, schemas: Schemas)
         out.arguments("}")
     elif (yield from source.peek()):
         out.arguments("}")
+    out.end_call()
 
 
 def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from simple_flashinfer.text.parsing.output import Output, ParsedDelta
+from simple_flashinfer.text.parsing.output import Output
 from simple_flashinfer.text.parsing.tool_formats import openai_id
 
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -17,24 +17,24 @@ class ResponseTemplateParser:
     parts of a piece be lost for the bad one.
     """
 
-    def __init__(self, parser: Any) -> None:
+    def __init__(self, parser: Any, *, single_call: bool = False) -> None:
         self._parser = parser
         self._broken = False
         self._marker = ""  # that opened the part which is being read
         self._unshown: list[str] = []  # text after it that nothing has come of yet
-        self._out = Output(openai_id)
+        self.out = Output(openai_id, single_call=single_call)
+        self._note_reasoning(parser.initial_events)  # those of the prompt
 
-    def push(self, text: str, final: bool = False) -> ParsedDelta:
+    def feed(self, text: str, final: bool = False) -> None:
         for char in text:
             if self._broken:
-                self._out.content(char)
+                self.out.content(char)
             else:
                 self._feed(char)
         if final:
             if not self._broken:
                 self._finalize()
-            self._out.finish()
-        return self._out.take()
+            self.out.finish()
 
     def _feed(self, char: str) -> None:
         self._unshown.append(char)
@@ -55,7 +55,7 @@ class ResponseTemplateParser:
 
     def _give_up(self) -> None:
         self._broken = True
-        self._out.content(self._rest())
+        self.out.content(self._rest())
 
     def _rest(self) -> str:
         rest = self._marker + "".join(self._unshown)
@@ -65,6 +65,7 @@ class ResponseTemplateParser:
 
     def _take(self, events: list[dict[str, Any]]) -> None:
         before = ""  # what closes a part may be the marker that opens the next
+        self._note_reasoning(events)
         for event in events:
             if event["type"] == "region_open":
                 self._marker = before + self._rest()
@@ -73,10 +74,15 @@ class ResponseTemplateParser:
             elif event["type"] == "region_close":
                 before = self._rest()
                 if event["field"] == "tool_calls" and not self._take_calls(event["value"]):
-                    self._out.content(before)
+                    self.out.content(before)
+
+    def _note_reasoning(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event["type"] in ("region_open", "region_close"):
+                self.out.in_reasoning = event["type"] == "region_open" and event["field"] in _REASONING_FIELDS
 
     def _show(self, field: str, text: str) -> None:
-        (self._out.reasoning if field in _REASONING_FIELDS else self._out.content)(text)
+        (self.out.reasoning if field in _REASONING_FIELDS else self.out.content)(text)
         self._marker = ""
         self._unshown = list("".join(self._unshown).removeprefix(text))
 
@@ -91,6 +97,7 @@ class ResponseTemplateParser:
             return False
         for function in functions:
             arguments = function.get("arguments") or {}
-            self._out.begin_call(function["name"])
-            self._out.arguments(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+            self.out.begin_call(function["name"])
+            self.out.arguments(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+            self.out.end_call()
         return True

@@ -90,6 +90,7 @@ def close_call(source: Source, out: Output, complete: bool = False) -> Reading[N
     """A call that ends without arguments has none; one that breaks off may have had some."""
     if not out.num_arguments and (complete or (yield from source.peek())):
         out.arguments("{}")
+    out.end_call()
 
 
 def read_arguments(source: Source, give: Give) -> Reading[None]:
