@@ -25,11 +25,11 @@ async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[An
     """What the engine is to do, and how its output is to be read. Raises a 400 for what can't be done."""
     service.engine.check_ready(body.n or 1)
     prompt = await chat_prompt(service, body)
-    tools, forced = body.active_tools(), body.forced_tools()
+    tools, forced, parallel = body.active_tools(), body.forced_tools(), body.parallel_tool_calls is not False
     if forced:
-        grammar = await forced_call(service, prompt, forced, parallel=body.parallel_tool_calls is not False, body=body)
+        grammar = await forced_call(service, prompt, forced, parallel=parallel, body=body)
     else:
-        grammar = await structured_answer(service, prompt, body)
+        grammar = await structured_answer(service, prompt, body, tools, parallel=parallel)
     token_ids = await service.tokenize(prompt, add_special_tokens=False, param="messages")
     answers = []
     for index, request in enumerate(service.engine_requests(token_ids, body, "messages", grammar)):
