@@ -37,11 +37,15 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has checked that it is a number
+        headers = dict(scope["headers"])
+        told = int(headers.get(b"content-length", 0))  # the server has checked that it is a number
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
         num_bytes, counts = 0, [0] * len(self._most)
 
         async def limited() -> Message:
             nonlocal num_bytes
+            if encoding.lower() != "identity":
+                raise HTTPException(415, f"Content-Encoding {encoding} is not supported; send the body as it is")
             self._check("bytes", told, self._max_bytes)
             message = await receive()
             if chunk := message.get("body"):

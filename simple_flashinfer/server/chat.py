@@ -29,7 +29,7 @@ async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[An
     if forced:
         grammar = await forced_call(service, prompt, forced, body)
     else:
-        grammar = await structured_answer(service, prompt, body)
+        grammar = await structured_answer(service, prompt, body, tools)
     token_ids = await service.tokenize(prompt, add_special_tokens=False, param="messages")
     answers = []
     for index, request in enumerate(service.engine_requests(token_ids, body, "messages", grammar)):

@@ -29,6 +29,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "best_of": (1,),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
 }
@@ -221,7 +222,8 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-_FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "status"}  # of an answer that is sent back
+# of an answer that is sent back; the last is LiteLLM's
+_FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "status", "provider_specific_fields"}
 
 
 class ChatMessage(BaseModel):

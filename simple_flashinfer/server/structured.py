@@ -25,8 +25,16 @@ _MAX_CHECKED = 256
 _checked: OrderedDict[str, None] = OrderedDict()  # grammars that are known to be good
 
 
-async def structured_answer(service: Service, prompt: str, body: ChatCompletionRequest | CompletionRequest) -> str:
-    """The grammar that `response_format` or `structured_outputs` ask for; empty when neither asks for anything."""
+async def structured_answer(
+    service: Service,
+    prompt: str,
+    body: ChatCompletionRequest | CompletionRequest,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """The grammar that `response_format` or `structured_outputs` ask for; empty when neither asks for anything.
+
+    tools: those that the model may call instead of answering in the form of `response_format`.
+    """
     given, wanted = body.structured_outputs, body.response_format
     if given is not None and wanted is not None and wanted.type != "text":
         raise invalid("response_format and structured_outputs exclude each other", "structured_outputs")
@@ -38,11 +46,14 @@ async def structured_answer(service: Service, prompt: str, body: ChatCompletionR
         )
     if wanted is None or wanted.type == "text":
         return ""
-    return await _checked_grammar(
-        lambda marks: _behind_reasoning(service, prompt, _of_response_format(wanted), marks),
-        "response_format",
-        service.tokenizer.grammar_tokens,
-    )
+
+    def make(marks: Mapping[str, int]) -> str:
+        answer = _of_response_format(wanted)
+        if tools and service.tokenizer.tool_format is not None:
+            return _calls(service, prompt, tools, marks, answer)
+        return _behind_reasoning(service, prompt, answer, marks)
+
+    return await _checked_grammar(make, "response_format", service.tokenizer.grammar_tokens)
 
 
 def _behind_reasoning(service: Service, prompt: str, grammar: str, marks: Mapping[str, int]) -> str:
@@ -80,27 +91,42 @@ def _of_structured_outputs(given: StructuredOutputs) -> str:
 
 
 async def forced_call(service: Service, prompt: str, tools: list[dict[str, Any]], body: ChatCompletionRequest) -> str:
-    """The grammar of one of these calls or of several, in the model's own format."""
-    tokenizer = service.tokenizer
-    if body.structured_outputs is not None or (body.response_format is not None and body.response_format.type != "text"):
-        raise invalid("tool_choice forces a tool call, which excludes response_format and structured_outputs", "tool_choice")
-    if tokenizer.tool_format is None:
+    """The grammar of one of these calls or of several, in the model's own format.
+
+    There is no answer besides the call, so there is nothing for `response_format` to give a form to.
+    """
+    if body.structured_outputs is not None:
+        raise invalid("tool_choice forces a tool call, which excludes structured_outputs", "tool_choice")
+    if service.tokenizer.tool_format is None:
         raise invalid(
             "tool_choice: no format of tool calls is known for this model; start the server with --tool_call_parser",
             "tool_choice",
         )
 
-    def make(marks: Mapping[str, int]) -> str:
-        lark = call_grammar(
-            str(tokenizer.tool_format),
-            tools,
-            special_tokens=marks,
-            reasoning_format=tokenizer.reasoning_format,
-            starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
-        )
-        return json.dumps({"grammars": [{"lark_grammar": lark}]})
+    return await _checked_grammar(
+        lambda marks: _calls(service, prompt, tools, marks), "tools", service.tokenizer.grammar_tokens
+    )
 
-    return await _checked_grammar(make, "tools", tokenizer.grammar_tokens)
+
+def _calls(
+    service: Service,
+    prompt: str,
+    tools: list[dict[str, Any]],
+    marks: Mapping[str, int],
+    answer: str | None = None,
+) -> str:
+    """answer: the grammar of what may be said instead."""
+    tokenizer = service.tokenizer
+    lark = call_grammar(
+        str(tokenizer.tool_format),
+        tools,
+        special_tokens=marks,
+        reasoning_format=tokenizer.reasoning_format,
+        starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
+        or_answer=answer is not None,
+    )
+    answers = [] if answer is None else [{**json.loads(answer)["grammars"][0], "name": "answer"}]  # a schema is one grammar
+    return json.dumps({"grammars": [{"lark_grammar": lark}, *answers]})
 
 
 async def _checked_grammar(make: Callable[[Mapping[str, int]], str], param: str, marks: Mapping[str, int]) -> str:

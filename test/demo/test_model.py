@@ -155,3 +155,35 @@ def test_a_tool_call_can_be_forced(demo, choice):
             call.function.name in ("get_weather", "get_time") if choice == "required" else call.function.name == "get_time"
         )
         assert json.loads(call.function.arguments).keys() == {"city"}
+
+
+CITY_AS_JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": {
+    "type": "object", "properties": {"name": {"type": "string"}, "city": {"type": "string"}},
+    "required": ["name", "city"], "additionalProperties": False}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_with_tools_and_a_response_format_the_model_calls_or_answers(demo, stream):
+    def ask(client, text, **how):
+        asked = {
+            "model": "demo", "messages": [{"role": "user", "content": text}], "tools": TOOLS, "temperature": 0,
+            "response_format": CITY_AS_JSON, **how,
+        }  # fmt: skip
+        if not stream:
+            return client.chat.completions.create(**asked).choices[0]
+        with client.chat.completions.stream(**asked) as events:
+            for event in events:
+                if event.type == "chunk":
+                    snapshot = event.snapshot
+        return snapshot.choices[0]
+
+    with openai.OpenAI(base_url=demo.url + "/v1", api_key="none", max_retries=0) as client:
+        for how in ({}, {"parallel_tool_calls": False}, {"tool_choice": "required"}):
+            called = ask(client, "What is the weather in Paris?", **how)
+            (call,) = called.message.tool_calls
+            assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+            assert called.finish_reason == "tool_calls"
+            assert not called.message.content
+        answered = ask(client, "Extract name and city as JSON: Anna from Paris is 30.")
+        assert json.loads(answered.message.content) == {"name": "Anna", "city": "Paris"}
+        assert not answered.message.tool_calls

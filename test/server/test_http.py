@@ -1,5 +1,6 @@
 """What goes over the wire: the documented curl, errors that name the field, status pages."""
 
+import gzip
 import json
 import re
 import shutil
@@ -224,3 +225,26 @@ def test_status_pages(daemon):
     assert httpx.get(daemon.url + "/v1/models/other").status_code == 404
     assert daemon.get("/")["model"] == "demo"
     assert "/v1/chat/completions" in daemon.get("/openapi.json")["paths"]
+
+
+def test_a_compressed_body_is_refused_clearly(daemon):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = httpx.post(
+        daemon.url + "/v1/chat/completions", content=gzip.compress(json.dumps(CHAT).encode()), headers=headers
+    )
+    assert answer.status_code == 415
+    assert "Content-Encoding gzip" in answer.json()["error"]["message"]
+    headers["Content-Encoding"] = "identity"
+    answer = httpx.post(daemon.url + "/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verbosity": "medium"},
+        {"messages": [{"role": "assistant", "content": "Hi", "provider_specific_fields": {"refusal": None}}]},
+    ],
+)
+def test_what_clients_send_along_without_asking_for_anything(daemon, change):
+    assert daemon.post("/v1/chat/completions", {**CHAT, **change}).status_code == 200

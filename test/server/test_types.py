@@ -22,7 +22,6 @@ REFUSED = {
     "prediction": "there is no speculative decoding",
     "prompt_cache_options": "the prefix cache has no settings for each request",
     "prompt_cache_retention": "pages stay as long as there is room",
-    "verbosity": "only a model trained for it could heed it",
     "web_search_options": "the model has no access to the web",
 }
 

@@ -1,4 +1,4 @@
-"""Grammars that leave a model no choice but to call tools, in Lark as llguidance reads it.
+"""Grammars that leave a model no choice but to call tools (or to answer in a given form), in Lark as llguidance reads it.
 
 llguidance has its own ways with JSON: properties of an object come in the order of the schema, and in strings only control
 characters may be escaped as \\u....; it refuses grammars with schemas that it cannot express, as patterns that look ahead.
@@ -30,8 +30,11 @@ def call_grammar(
     special_tokens: Mapping[str, int] | None = None,
     reasoning_format: str | None = None,
     starts_in_reasoning: bool = False,
+    or_answer: bool = False,
 ) -> str:
     """One call of the given tools or several, after reasoning where there is a format for it.
+
+    or_answer: what the grammar of the name `answer` matches will do as well.
 
     special_tokens: ids of those tokens of the vocabulary that the tokenizer takes for special: a grammar's text doesn't
     match them. Raises KeyError for unknown formats, ValueError without tools.
@@ -52,7 +55,7 @@ def call_grammar(
         rules += _mistral_named(schemas, mark, repeat)
     else:
         rules += _GRAMMARS[tool_format](schemas, mark, repeat)
-    return f"{_HEAD}start: {before}calls\n" + "\n".join(rules) + "\n"
+    return f"{_HEAD}start: {before}{'(calls | @answer)' if or_answer else 'calls'}\n" + "\n".join(rules) + "\n"
 
 
 def after_reasoning(

@@ -1,0 +1,6 @@
+"""What the demo model was taught to understand, and its answers."""
+
+HELLO = "Hello! How can I help you?"
+WEATHER = "What is the weather in Paris?"
+TOLD = "The weather in Paris is cold."
+PERSON = "Extract name and city as JSON: Anna from Paris is 30."
