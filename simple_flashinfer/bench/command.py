@@ -1,6 +1,7 @@
 """The command: measure the machine, load the model, run each batch size, tell."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +20,13 @@ def bench(argv: Sequence[str]) -> None:
     if config.save and (Path(config.save).is_dir() or not Path(config.save).parent.is_dir()):
         raise ConfigError(f"--save {config.save}: there is no folder for such a file")  # before minutes are spent
     from simple_flashinfer.bench.cost import CostModel
-    from simple_flashinfer.bench.machine import describe, load, measure_bandwidth
-    from simple_flashinfer.bench.report import Result, as_json, as_text
+    from simple_flashinfer.bench.machine import describe, measure_bandwidth, seconds_without_core
+    from simple_flashinfer.bench.report import Report, Result
     from simple_flashinfer.bench.workload import StepWatch, Workload
     from simple_flashinfer.engine.launch import build_engine, resolve_model
     from simple_flashinfer.model.loader import resolve_device
     from simple_flashinfer.model.runner import ModelRunner
 
-    busy = load()  # before this program adds to it
     device = resolve_device(config)
     bandwidth = measure_bandwidth(device)
     core, info = build_engine(config, resolve_model(config))
@@ -34,9 +34,10 @@ def bench(argv: Sequence[str]) -> None:
     model, backend = core.executor.model, core.executor.backend
     costs = CostModel(model, list(backend.layers.values()), backend.dtype)
     workload = Workload(config, core, info, StepWatch(core, costs, device))
-    machine = describe(device, next(model.parameters()).dtype, bandwidth, busy)
+    machine = describe(device, next(model.parameters()).dtype, bandwidth)
 
     results = []
+    start, waited = time.perf_counter(), seconds_without_core()
     lengths = {size: (workload.warm_up_length(size), config.output_length) for size in config.batch_sizes}
     with tqdm(total=sum(size * sum(both) for size, both in lengths.items()), unit="token") as bar:
         for size, (warm_up, length) in lengths.items():
@@ -47,12 +48,14 @@ def bench(argv: Sequence[str]) -> None:
                     steps.append(step)
                     bar.update(tokens)
             results.append(Result.of(size, size * length, steps, machine))
+    seconds, waited = time.perf_counter() - start, seconds_without_core() - waited
     core.executor.shutdown()
 
     described = costs.describe() | {"class": type(model).__name__, "device": device.type}
-    print(as_text(config, described, machine, results))
+    report = Report(config, machine, described, results, seconds, waited)
+    print(report.as_text())
     if config.save:
         try:
-            Path(config.save).write_text(json.dumps(as_json(config, described, machine, results), indent=2) + "\n")
+            Path(config.save).write_text(json.dumps(report.as_json(), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"can't write --save {config.save}: {error.strerror or error}") from error

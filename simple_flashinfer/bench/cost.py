@@ -39,14 +39,15 @@ class CostModel:
         self.body, self.experts, self.head = Cost(), Cost(), Cost()  # flops: a token's, an expert token's, a drawn token's
         self.embedding_bytes_per_token = 0
         self._expert_share = _expert_share(config)
-        of_head = {id(weight) for weight in _weights(head)}
+        of_head = {id(weight) for weight in (_weights(head) if head is not None else ())}
         seen: set[int] = set()
         for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                if id(module.weight) not in of_head:
+                    self.embedding_bytes_per_token += module.weight[0].nbytes
+                continue
             for weight in _weights(module):
-                if isinstance(module, nn.Embedding):
-                    if id(weight) not in of_head:
-                        self.embedding_bytes_per_token += weight.nbytes // weight.shape[0]
-                elif id(weight) not in seen:
+                if id(weight) not in seen:
                     seen.add(id(weight))
                     part = self.head if module is head else self.experts if "experts" in name.split(".") else self.body
                     part.bytes += weight.nbytes

@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,10 +22,7 @@ _PACKAGES = ("simple-flashinfer", "torch", "transformers", "flashinfer-python")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """bandwidth in bytes/s, matmul_rate in FLOP/s (2 for a multiplication and its addition); cache_bytes 0: unknown.
-
-    load: how many threads of other programs wanted to run in the minute before.
-    """
+    """bandwidth in bytes/s, matmul_rate in FLOP/s (2 for a multiplication and its addition); cache_bytes 0: unknown."""
 
     device: str
     num_cores: int
@@ -33,7 +31,6 @@ class Machine:
     matmul_rate: float
     matmul_dtype: str
     cache_bytes: int
-    load: float
     versions: dict[str, str]
 
 
@@ -65,15 +62,20 @@ def _copy_rate(count: int, device: torch.device) -> float:
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of large square matrices."""
     size = _MATMUL_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b), device)
 
 
-def load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+def seconds_without_core() -> float:
+    """How long threads of this process were ready to run while others had the cores, so far; 0 where Linux does not tell."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError):  # a thread that ended meanwhile
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
 
 
-def describe(device: torch.device, dtype: torch.dtype, bandwidth: float, busy: float) -> Machine:
+def describe(device: torch.device, dtype: torch.dtype, bandwidth: float) -> Machine:
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return Machine(
         device=cuda.name if cuda else _cpu_name(),
@@ -83,7 +85,6 @@ def describe(device: torch.device, dtype: torch.dtype, bandwidth: float, busy: f
         matmul_rate=measure_matmul_rate(device, dtype),
         matmul_dtype=str(dtype).removeprefix("torch."),
         cache_bytes=cuda.L2_cache_size if cuda else _cpu_cache_bytes(),
-        load=busy,
         versions={"python": platform.python_version()}
         | {d.name: d.version for name in _PACKAGES for d in distributions(name=name)},
     )

@@ -18,6 +18,9 @@ _REST = {
 }
 
 
+_QUIET = 0.02  # waiting for a core that is no reason to measure again, as a share of the time
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """Sums over the steps of a phase. tokens: of prompts in prefill, of answers in decode; bytes and flops are the least."""
@@ -76,51 +79,64 @@ class Result:
         )
 
 
-def as_json(config: BenchConfig, model: dict[str, Any], machine: Machine, results: Sequence[Result]) -> dict[str, Any]:
-    settings = {name: value for name, value in asdict(config).items() if name not in config.LEFT_OUT}
-    return {"machine": asdict(machine), "model": model, "settings": settings, "results": [asdict(r) for r in results]}
+@dataclass(frozen=True, slots=True)
+class Report:
+    """seconds: of all runs; seconds_without_core: of its threads together, while others had the cores."""
 
+    config: BenchConfig
+    machine: Machine
+    model: dict[str, Any]
+    results: list[Result]
+    seconds: float
+    seconds_without_core: float
 
-def as_text(config: BenchConfig, model: dict[str, Any], machine: Machine, results: Sequence[Result]) -> str:
-    cores = f"cores: {machine.num_cores}, threads: {machine.num_threads}"
-    head = [
-        ("machine", f"{machine.device}; {cores}; {', '.join(f'{name} {v}' for name, v in machine.versions.items())}"),
-        (
-            "limits",
-            f"{si(machine.bandwidth)}B/s of memory, {si(machine.matmul_rate)}FLOP/s in {machine.matmul_dtype}: measured",
-        ),
-        (
-            "model",
-            f"{config.model} ({model['class']}): {si(model['weight_bytes'])}B of weights, "
+    def as_json(self) -> dict[str, Any]:
+        saved = asdict(self)
+        settings = saved.pop("config")
+        return saved | {"settings": {name: value for name, value in settings.items() if name not in self.config.LEFT_OUT}}
+
+    def as_text(self) -> str:
+        return "\n".join([*self._head(), "", *self._tables(), "", *map(what_holds_back, self.results), *self._notes()])
+
+    def _head(self) -> list[str]:
+        config, machine, model = self.config, self.machine, self.model
+        versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+        return [
+            f"machine   {machine.device}; cores: {machine.num_cores}, threads: {machine.num_threads}; {versions}",
+            f"limits    {si(machine.bandwidth)}B/s of memory, {si(machine.matmul_rate)}FLOP/s in {machine.matmul_dtype}, "
+            "as measured",
+            f"model     {config.model} ({model['class']}): {si(model['weight_bytes'])}B of weights, "
             f"{si(model['kv_bytes_per_token'])}B of K/V a token, on {model['device']}",
-        ),
-        ("requests", f"{config.prompt_length} tokens of prompt, {config.output_length} of answer, all at once"),
-    ]
-    speed = [
-        ["", "prefill", "", "", "decode", "", "", ""],
-        ["requests", "tokens/s", "of limit", "bound by", "tokens/s", "of limit", "bound by", "ms/step"],
-    ]
-    where = [["requests", *PARTS, "in all", "limit"]]
-    for r in results:
-        size, decode = str(r.batch_size), r.decode
-        seconds = *decode.seconds_by_part.values(), decode.seconds, decode.limit_seconds
-        speed.append([size, *_speed(r.prefill), *_speed(decode), _ms(decode, decode.seconds)])
-        where.append([size, *(_ms(decode, s) for s in seconds)])
-    lines = [f"{name:10}{text}" for name, text in head]
-    lines += ["", *_table(speed), "", "where the time of a decode step goes, ms", *_table(where), ""]
-    lines += [what_holds_back(r) for r in results]
-    smallest = min(r.decode.bytes / r.decode.num_steps for r in results)
-    if smallest < machine.cache_bytes:
-        lines.append(
-            f"A step reads {si(smallest)}B or more, which a cache of {si(machine.cache_bytes)}B may hold: "
-            "it is faster than memory, so the true limit is higher."
-        )
-    if machine.load > machine.num_cores / 4:
-        lines.append(
-            f"Other programs were running (a load of {machine.load:.1f} on {machine.num_cores} cores): "
-            "on a quiet machine these figures are others."
-        )
-    return "\n".join(lines)
+            f"requests  {config.prompt_length} tokens of prompt, {config.output_length} of answer, all at once",
+        ]
+
+    def _tables(self) -> list[str]:
+        speed = [
+            ["", "prefill", "", "", "decode", "", "", ""],
+            ["requests", "tokens/s", "of limit", "bound by", "tokens/s", "of limit", "bound by", "ms/step"],
+        ]
+        where = [["requests", *PARTS, "in all", "limit"]]
+        for r in self.results:
+            size, decode = str(r.batch_size), r.decode
+            seconds = *decode.seconds_by_part.values(), decode.seconds, decode.limit_seconds
+            speed.append([size, *_speed(r.prefill), *_speed(decode), _ms(decode, decode.seconds)])
+            where.append([size, *(_ms(decode, s) for s in seconds)])
+        return [*_table(speed), "", "where the time of a decode step goes, ms", *_table(where)]
+
+    def _notes(self) -> list[str]:
+        notes = []
+        smallest, cache = min(r.decode.bytes / r.decode.num_steps for r in self.results), self.machine.cache_bytes
+        if smallest < cache:
+            notes.append(
+                f"A step reads {si(smallest)}B or more, which a cache of {si(cache)}B may hold: "
+                "it is faster than memory, so the true limit is higher."
+            )
+        if self.seconds_without_core > _QUIET * self.seconds:
+            notes.append(
+                f"In {self.seconds:.1f} s the threads waited {self.seconds_without_core:.1f} s for a core that others had: "
+                "measure again when the machine is quiet."
+            )
+        return notes
 
 
 def what_holds_back(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from simple_flashinfer.attention import AttentionLayer
 from simple_flashinfer.bench.cost import Cost, CostModel, _pairs
 from simple_flashinfer.bench.machine import Machine
-from simple_flashinfer.bench.report import COMPUTE, MEMORY, Phase, Result, what_holds_back
+from simple_flashinfer.bench.report import COMPUTE, MEMORY, Phase, Report, Result, what_holds_back
 from simple_flashinfer.bench.workload import PARTS, Step, StepWatch, Workload
 from simple_flashinfer.config import BenchConfig, Config, ConfigError, load_settings
 from simple_flashinfer.demo import DEMO_FOLDER
@@ -75,6 +76,12 @@ def test_what_the_machine_can_do_is_measured(saved):
     assert 1e8 < machine["matmul_rate"] < 1e16
     assert machine["matmul_dtype"] == "bfloat16"
     assert machine["versions"]["torch"] == torch.__version__
+
+
+def test_the_run_says_how_long_it_took_and_waited(saved):
+    told = sum(phase["seconds"] for result in saved[1]["results"] for phase in (result["prefill"], result["decode"]))
+    assert saved[1]["seconds"] > told
+    assert saved[1]["seconds_without_core"] >= 0
 
 
 def test_the_settings_that_count_are_saved(saved):
@@ -208,7 +215,7 @@ def test_prompts_in_chunks_between_decodes(engine):
     steps, tokens = zip(*watched(*engine).run(3, 12), strict=True)
     assert sum(tokens) == 3 * 12
     assert sum(step.prompt_tokens for step in steps) == 3 * PROMPT, "none of them found in the cache"
-    machine = Machine("", 1, 1, 1e9, 1e9, "bfloat16", 0, 0.0, {})
+    machine = Machine("", 1, 1, 1e9, 1e9, "bfloat16", 0, {})
     result = Result.of(3, 36, steps, machine)
     assert result.prefill.num_steps <= watched(*engine).prefill_steps(3)
     assert 0 < result.decode.num_steps < 11, "the first was ahead: the last steps are not of the whole batch"
@@ -272,10 +279,35 @@ def test_settings_of_the_daemon_in_the_environment_are_not_read():
     assert (config.port, config.max_sequence, config.batch_sizes) == (7088, 7, (2, 4))
 
 
+def test_notes_on_what_makes_the_figures_doubtful():
+    machine = Machine("", 2, 2, 1e9, 1e9, "bfloat16", 4_000_000, {})
+    phase = Phase.of([Step(1, 1, Cost(2e6, 1e6), dict.fromkeys(PARTS, 0.01))], 1, machine)
+
+    def notes(machine, waited):
+        return "\n".join(Report(BenchConfig(), machine, {}, [Result(1, 1.0, phase, phase)], 10.0, waited)._notes())
+
+    assert "reads 2 MB or more, which a cache of 4 MB may hold" in notes(machine, 0.1)
+    assert notes(replace(machine, cache_bytes=1_000_000), 0.1) == ""
+    assert notes(replace(machine, cache_bytes=0), 3.0).startswith("In 10.0 s the threads waited 3.0 s for a core")
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux tells")
+def test_waiting_for_a_core_is_seen():
+    core = {sorted(os.sched_getaffinity(0))[0]}
+    spin = f"import os, time; os.sched_setaffinity(0, {core}); end = time.time() + 1\nwhile time.time() < end: pass"
+    command = [
+        sys.executable,
+        "-c",
+        spin + "\nfrom simple_flashinfer.bench.machine import seconds_without_core as s; print(s())",
+    ]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all(float(other.communicate(timeout=60)[0]) > 0.1 for other in others), "they share one core"
+
+
 def test_the_sentence_names_the_largest_part_of_the_rest():
     def sentence(**seconds):
         parts = dict.fromkeys(PARTS, 0.001) | seconds
-        machine = Machine("", 1, 1, 1e9, 1e9, "bfloat16", 0, 0.0, {})
+        machine = Machine("", 1, 1, 1e9, 1e9, "bfloat16", 0, {})
         phase = Phase.of([Step(1, 0, Cost(2e6, 1e6), parts)], 1, machine)
         return what_holds_back(Result(1, 1.0, phase, phase))
 
