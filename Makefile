@@ -32,7 +32,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test-gpu: ## tests that need a CUDA device, with the Python that has torch for CUDA and flashinfer
-	@$(PYTHON) -m pytest test/attention test/model -m gpu -W ignore::pytest.PytestConfigWarning $(ARGS)
+	@$(PYTHON) -m pytest test/attention test/model test/bench -m gpu -W ignore::pytest.PytestConfigWarning $(ARGS)
 
 pics: $(STAMP) ## draw the pictures of README.md
 	@$(BIN)/python pics/architecture.py

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 DEMO_MODEL = "demo"
 
@@ -41,6 +41,13 @@ def parse_bytes(text: str) -> int | None:
     if len(number) > 15:
         raise ValueError("must be a size that there is")
     return int(float(number) * base ** " kmgt".index(prefix or " "))
+
+
+def _parse_counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9]\d{0,5}\s*", part) for part in parts):
+        raise ValueError("must be whole numbers from 1, with commas between them")
+    return tuple(int(part) for part in parts)
 
 
 def _choice(*names: str) -> Callable[[str], str]:
@@ -82,8 +89,22 @@ REASONING_PARSERS = ("think", "mistral")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
+_EPILOG = """\
+examples:
+  simple-flashinfer                                            a tiny demo model, on any machine, offline
+  simple-flashinfer --model Qwen/Qwen3-0.6B --port 8000        a model from the HuggingFace hub
+  MODEL=/models/llama MAX_SEQUENCE=64 simple-flashinfer        the same by environment, as in containers
+  simple-flashinfer bench                                      how fast it is here, and how far from the limit
+Flags may be written with dashes or underscores."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
+    COMMAND = "simple-flashinfer"
+    DESCRIPTION = "Serve a HuggingFace causal language model over an OpenAI-compatible HTTP API."
+    EPILOG = _EPILOG
+    LEFT_OUT = frozenset[str]()  # settings that mean nothing to a command: not read, and no flags of it
+
     host: str = _setting("0.0.0.0", str, "server", "address to listen on; 127.0.0.1 for this machine only")
     port: int = _setting(7088, _number(int, 0, 65535), "server", "port to listen on; 0 picks a free one")
     api_key: str | None = _setting(
@@ -190,7 +211,42 @@ class Config:
         return self.served_model_name or self.model
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig(Config):
+    COMMAND = "simple-flashinfer bench"
+    DESCRIPTION = """\
+How fast the engine is on this machine without HTTP, and how far that is from what the machine could do.
+
+A step must at least read the weights and the K/V of its requests, and do the multiplications of its tokens. The machine's
+memory bandwidth and matmul rate are measured first: the longer of the two times is the limit of a step, and what binds it.
+"of limit" is the limit's share of the time that the step took; where the rest goes stands in the second table. Prompts are
+random tokens, different ones, so that nothing is found in the cache; every answer has its full length. Tokenizer, chat
+template and text are not part of it."""
+    EPILOG = """\
+examples:
+  simple-flashinfer bench                                               the demo model
+  simple-flashinfer bench --model Qwen/Qwen3-0.6B --batch_sizes 1,64    a model from the HuggingFace hub
+  simple-flashinfer bench --model FOLDER --load_format dummy            random weights: needs only the folder's config.json
+  simple-flashinfer bench --fuse false --save plain.json                what a setting is worth: once with and once without
+Flags may be written with dashes or underscores; nothing else should be running on the machine."""
+    LEFT_OUT = frozenset({
+        "host", "port", "api_key", "served_model_name", "max_waiting", "tool_call_parser", "reasoning_parser", "microsleep",
+        "engine_process",
+    })  # fmt: skip
+
+    batch_sizes: tuple[int, ...] = _setting(
+        (1, 8, 32), _parse_counts, "bench", "how many requests at once, one run for each"
+    )
+    prompt_length: int = _setting(230, _number(int, 1), "bench", "tokens of each prompt")
+    output_length: int = _setting(64, _number(int, 2), "bench", "tokens of each answer; the first comes with the prompt")
+    save: str | None = _setting(
+        None, _optional_text, "bench", "write everything that was measured into this JSON file", "none"
+    )
+
+
 def _to_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return "auto" if value is None else str(value)
 
 
@@ -212,7 +268,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 _GROUPS = {
-    "server": "HTTP",
+    "bench": "the benchmark",
+    "server": "HTTP and the log",
     "model": "the model",
     "batching": "batching and the engine loop",
     "memory": "memory",
@@ -220,26 +277,21 @@ _GROUPS = {
     "inspection": "looking inside",
 }
 
-_EPILOG = """\
-examples:
-  simple-flashinfer                                            a tiny demo model, on any machine, offline
-  simple-flashinfer --model Qwen/Qwen3-0.6B --port 8000        a model from the HuggingFace hub
-  MODEL=/models/llama MAX_SEQUENCE=64 simple-flashinfer        the same by environment, as in containers
-Flags may be written with dashes or underscores."""
 
-
-def _parser() -> _Parser:
+def _parser(kind: type[Config]) -> _Parser:
     parser = _Parser(
-        prog="simple-flashinfer",
-        description="Serve a HuggingFace causal language model over an OpenAI-compatible HTTP API.",
-        epilog=_EPILOG,
+        prog=kind.COMMAND,
+        description=kind.DESCRIPTION,
+        epilog=kind.EPILOG,
         usage="%(prog)s [--flag value ...]",
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
-    for f in fields(Config):
+    for f in fields(kind):
+        if f.name in kind.LEFT_OUT:
+            continue
         is_bool = isinstance(f.default, bool)
         shown = f.metadata["show"] or _to_text(f.default).lower()
         help_text = f"{f.metadata['help']} (default: {shown}, env: {f.name.upper()})".replace("%", "%%")
@@ -249,18 +301,26 @@ def _parser() -> _Parser:
     return parser
 
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
 def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Config:
     """Reads flags and environment. Raises ConfigError with one sentence; `--help` prints and raises SystemExit."""
+    return load_settings(Config, argv, environ)
+
+
+def load_settings(kind: type[AnyConfig], argv: Sequence[str], environ: Mapping[str, str] | None = None) -> AnyConfig:
+    """The same for a command that has settings of its own beside the engine's."""
     environ = os.environ if environ is None else environ
     normal = [re.sub(r"^--[^=]*", lambda m: m[0].replace("-", "_").replace("__", "--", 1), arg) for arg in argv]
-    given = vars(_parser().parse_args(normal))
+    given = vars(_parser(kind).parse_args(normal))
     values = {}
-    for f in fields(Config):
+    for f in fields(kind):
         assert f.default is not MISSING
         if f.name in given:
             values[f.name] = _parse(f.name, given[f.name], f.metadata["parse"])
-        elif f.name.upper() in environ:
+        elif f.name.upper() in environ and f.name not in kind.LEFT_OUT:
             values[f.name] = _parse(
                 f.name, environ[f.name.upper()], f.metadata["parse"], f"environment variable {f.name.upper()}"
             )
-    return Config(**values)
+    return kind(**values)

@@ -1,4 +1,4 @@
-"""The daemon: `simple-flashinfer`, or `python3 -m simple_flashinfer.main`."""
+"""The daemon: `simple-flashinfer`, or `python3 -m simple_flashinfer.main`; with `bench` as first argument the benchmark."""
 
 import asyncio
 import ipaddress
@@ -18,8 +18,14 @@ _BACKLOG = 2048
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv)
+        if argv[:1] == ["bench"]:
+            from simple_flashinfer.bench.command import bench
+
+            bench(argv[1:])
+            return 0
+        config = load_config(argv)
         set_up_logging(config.loglevel)
         run(config)
     except ConfigError as error:

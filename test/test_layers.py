@@ -20,7 +20,8 @@ ALLOWED = {
     "demo": {"types", "config"},
     "engine": {"types", "config", "log", "core"},
     "server": {"types", "config", "engine", "text"},
-    "main": {"types", "config", "log", "server", "engine", "text"},
+    "bench": {"types", "config", "log", "core", "engine", "model", "attention"},
+    "main": {"types", "config", "log", "server", "engine", "text", "bench"},
 }
 # single files that may see more than their room
 EXTRA = {

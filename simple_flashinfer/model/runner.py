@@ -84,6 +84,15 @@ class ModelRunner:
         self._hook.opaque = True
         self._forward = torch.compile(self._model, mode=mode, dynamic=True)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._model
+
+    @property
+    def backend(self) -> AttentionBackend:
+        assert self._hook.backend is not None
+        return self._hook.backend
+
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def execute(self, batch: SchedulerOutput) -> Future[ModelOutput]:
