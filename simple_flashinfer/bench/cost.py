@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from simple_flashinfer.attention import AttentionLayer
+from simple_flashinfer.model.fuse import FusedLinear
 from simple_flashinfer.types import Int32Array, SchedulerOutput
 
 
@@ -84,11 +85,12 @@ class CostModel:
 
 
 def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    """A module's own: parameters, buffers that checkpoints have, and tensors that replaced parameters (packed ones)."""
+    """A module's own: parameters, buffers that checkpoints have, and what replaced parameters (packed ones)."""
     yield from module.parameters(recurse=False)
     transient = module._non_persistent_buffers_set
     yield from (buffer for name, buffer in module.named_buffers(recurse=False) if name not in transient)
-    yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
+    if isinstance(module, FusedLinear):
+        yield from module.weights
 
 
 def _expert_share(config: object) -> float:

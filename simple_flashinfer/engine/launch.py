@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from simple_flashinfer.attention import AttentionBackend, AttentionLayer
-    from simple_flashinfer.model.fused_layers import Elementwise
+    from simple_flashinfer.kernels.cpu import CpuKernels
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,15 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     phases.end("import")
     device = resolve_device(config)
     _check_graphs(config, device)
+    _check_quantization(config, device)
     try:
         loaded = load_model(path, config, device)
         phases.end("load")
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
-            fuse(loaded.model)
-            if kernels := _elementwise_kernels(device, model_dtype):
+            kernels = _cpu_kernels(config, device, model_dtype)
+            fuse(loaded.model, partial(kernels.pack, int8=config.quantization == "int8") if kernels else None)
+            if kernels:
                 fuse_layers(loaded.model, model_dtype, kernels)
             phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
@@ -127,16 +130,18 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     return EngineCore(scheduler, runner, check_when_idle=config.loglevel == "debug"), info
 
 
-def _elementwise_kernels(device: "torch.device", dtype: "torch.dtype") -> "Elementwise | None":
+def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CpuKernels | None":
     from simple_flashinfer.kernels import cpu
     from simple_flashinfer.kernels.compiler import CompileError
 
     if device.type != "cpu" or not cpu.supports(dtype):
         return None
     try:
-        return cpu.elementwise(dtype)
+        return cpu.cpu_kernels(dtype)
     except CompileError as error:
-        logger.warning("The small layers run in plain torch, which is slower: %s", error)
+        if config.quantization != "none":
+            raise ConfigError(f"--quantization {config.quantization} needs kernels in C++, and {error}") from error
+        logger.warning("Matmuls and small layers run in plain torch, which is slower: %s", error)
         return None
 
 
@@ -152,6 +157,15 @@ def _check_graphs(config: Config, device: "torch.device") -> None:
             f"--cuda_graph and --torch_compile_mode {config.torch_compile_mode} both record CUDA graphs; "
             "use --torch_compile_mode default, or max-autotune-no-cudagraphs"
         )
+
+
+def _check_quantization(config: Config, device: "torch.device") -> None:
+    if config.quantization == "none":
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"--quantization {config.quantization} is for cpu only, and the model runs on {device.type}")
+    if not config.fuse or config.torch_compile:
+        raise ConfigError(f"--quantization {config.quantization} needs --fuse true and --torch_compile false")
 
 
 def _attention(

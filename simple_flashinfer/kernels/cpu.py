@@ -1,7 +1,7 @@
 """The CPU kernels as functions of tensors.
 
 Calls go through ctypes: about 2 us each. The small ones keep the interpreter's lock, since giving it away and asking for it
-again would take longer than they run; attention lets it go.
+again would take longer than they run; matmuls and attention let it go.
 """
 
 import ctypes
@@ -22,17 +22,65 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _DTYPES
 
 
-class Elementwise:
-    """Norm, rotary embedding and gated activation of one dtype. All tensors are on the CPU, in that dtype."""
+class Linear:
+    """x W^T + bias over packed weights; with int8, weights are rounded to 8 bits relative to the largest of each output."""
+
+    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None, int8: bool) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._bias = None if bias is None else bias.contiguous()
+        if int8:
+            scales = (weight.abs().amax(1).float() / 127).clamp_min(1e-30)
+            weight = (weight / scales[:, None]).round_().to(torch.int8)
+            self._multiply = library.linear_int8
+            self.tensors: tuple[torch.Tensor, ...] = _pack(weight, 2), scales
+        else:
+            self._multiply = library.linear_plain
+            self.tensors = (_pack(weight, library.linear_pair()),)
+        tensors = *self.tensors, self._bias
+        self._pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]. Raises TypeError for another dtype than the weights'."""
+        if x.dtype != self.dtype:
+            raise TypeError(f"the input of this layer is {x.dtype}, its weights were {self.dtype}")
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        rows = x.numel() // self.in_features
+        self._multiply(x.data_ptr(), *self._pointers, out.data_ptr(), rows, self.in_features, self.out_features)
+        return out
+
+
+def _pack(weight: torch.Tensor, pair: int) -> torch.Tensor:
+    """[out, in] -> [out / 16, in / pair, 16, pair], out padded with zeros"""
+    rows, columns = weight.shape
+    padding = -rows % _LANES
+    if padding:
+        weight = torch.cat([weight, weight.new_zeros(padding, columns)])
+    return weight.view(-1, _LANES, columns // pair, pair).transpose(1, 2).contiguous()
+
+
+class CpuKernels:
+    """Those between and in the matmuls, for one dtype. All tensors are on the CPU, in that dtype. Raises CompileError."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        library = ctypes.PyDLL(str(library_path("elementwise.cpp", {_DTYPES[dtype]: 1})))
+        self.dtype = dtype
+        macros = {_DTYPES[dtype]: 1}
+        library = ctypes.PyDLL(str(library_path("elementwise.cpp", macros)))
         self._rms_norm = library.rms_norm
         self._rms_norm.argtypes = [*[_pointer] * 3, _int, _int, _float]
         self._silu_and_mul = library.silu_and_mul
         self._silu_and_mul.argtypes = [*[_pointer] * 2, _int, _int]
         self._rope = library.rope
         self._rope.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
+        self._linear = ctypes.CDLL(str(library_path("linear.cpp", macros)))
+        self._linear.linear_plain.argtypes = [*[_pointer] * 4, *[_int] * 3]
+        self._linear.linear_int8.argtypes = [*[_pointer] * 5, *[_int] * 3]
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, int8: bool = False) -> Linear | None:
+        """weight [out, in], bias [out]. None for what the kernels don't do: another dtype, an odd number of inputs."""
+        possible = weight.dtype == self.dtype and weight.shape[1] % 2 == 0
+        return Linear(self._linear, weight, bias, int8) if possible else None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim], weight [dim] without gaps -> weight * x / sqrt(mean(x^2) + eps)"""
@@ -64,9 +112,9 @@ class Elementwise:
 
 
 @functools.cache
-def elementwise(dtype: torch.dtype) -> Elementwise:
+def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
     """Raises CompileError."""
-    return Elementwise(dtype)
+    return CpuKernels(dtype)
 
 
 def array_pointer(array: np.ndarray) -> int:

@@ -21,7 +21,7 @@ _ROPE = "apply_rotary_pos_emb"  # transformers' name for it, in the file of each
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
-class Elementwise(Protocol):
+class LayerKernels(Protocol):
     """Kernels of one device and dtype; shapes as in kernels/cpu.py."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
@@ -32,20 +32,22 @@ class Elementwise(Protocol):
 
 
 class FusedRMSNorm(nn.Module):
-    def __init__(self, norm: nn.Module, kernels: Elementwise) -> None:
+    def __init__(self, norm: nn.Module, kernels: LayerKernels) -> None:
         super().__init__()
         self.weight: Any = norm.weight
         self.eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
         self._rms_norm = kernels.rms_norm
+        self._original = [norm]  # in a list: its weight is registered in one place only
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._rms_norm(x, self.weight, self.eps)
+        weight = self.weight
+        return self._rms_norm(x, weight, self.eps) if x.dtype == weight.dtype else self._original[0](x)
 
 
 class FusedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matmul."""
 
-    def __init__(self, mlp: Any, kernels: Elementwise) -> None:
+    def __init__(self, mlp: Any, kernels: LayerKernels) -> None:
         super().__init__()
         self.gate_up_proj: FusedLinear = mlp.gate_proj
         self.down_proj = mlp.down_proj
@@ -55,7 +57,7 @@ class FusedMLP(nn.Module):
         return self.down_proj(self._silu_and_mul(self.gate_up_proj.multiply(x)))  # type: ignore[no-any-return]
 
 
-def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: Elementwise) -> None:
+def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: LayerKernels) -> None:
     """Replaces layers inside the model, in place; `fuse` comes first."""
     with torch.inference_mode():
         for parent in list(model.modules()):
@@ -66,7 +68,7 @@ def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: Elementwise) -> N
             _fuse_rope(parent, dtype, kernels)
 
 
-def _replacement(layer: Any, kernels: Elementwise) -> nn.Module | None:
+def _replacement(layer: Any, kernels: LayerKernels) -> nn.Module | None:
     if type(layer).__name__.endswith("RMSNorm") and [name for name, _ in layer.named_parameters()] == ["weight"]:
         return FusedRMSNorm(layer, kernels) if hasattr(layer, "variance_epsilon") or hasattr(layer, "eps") else None
     children = dict(layer.named_children())
@@ -80,7 +82,7 @@ def _same(layer: nn.Module, replacement: Any, dtype: torch.dtype) -> bool:
     return _close(layer(x := _random(dtype, 1, 3, width)), replacement(x))
 
 
-def _fuse_rope(layer: nn.Module, dtype: torch.dtype, kernels: Elementwise) -> None:
+def _fuse_rope(layer: nn.Module, dtype: torch.dtype, kernels: LayerKernels) -> None:
     """Gives the layer's forward another rotary embedding: the same code, with one name in it meaning another function."""
     forward: Any = type(layer).forward
     if not isinstance(forward, FunctionType) or _ROPE not in forward.__code__.co_names:

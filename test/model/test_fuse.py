@@ -1,30 +1,88 @@
 """Fusing changes how fast a model computes, not what."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from simple_flashinfer import LLM, SamplingParams
+from simple_flashinfer.config import ConfigError
+from simple_flashinfer.kernels.compiler import compiler
+from simple_flashinfer.kernels.cpu import cpu_kernels
 from simple_flashinfer.model.fuse import FusedLinear, FusedPart, fuse
+from simple_flashinfer.model.fused_layers import fuse_layers
 from test.conftest import ARCHITECTURES, OUTPUT_LENGTH
 
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+def fused_copy(model, dtype, int8=False):
+    fused, kernels = copy.deepcopy(model), cpu_kernels(dtype)
+    fuse(fused, partial(kernels.pack, int8=int8))
+    fuse_layers(fused, dtype, kernels)
+    return fused
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_the_same(name, dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=dtype).eval()
-    fused = copy.deepcopy(model)
-    fuse(fused)
+    fused = fused_copy(model, dtype)
     assert not [n for n, m in fused.named_modules() if type(m) is nn.Linear], "every projection is packed"
+    kinds = {type(module).__name__ for module in fused.modules()}
+    assert ("FusedRMSNorm" in kinds) == (name != "gemma2"), "gemma's norm is 1 + weight"
+    assert ("FusedMLP" in kinds) == (name not in ("gemma2", "mixtral")), "gemma's gate is a GELU, mixtral's MLPs are experts"
+    assert all("forward" in vars(m) for n, m in fused.named_modules() if n.endswith("self_attn")), "its rope is fused"
     ids = torch.randint(2, 512, (1, 37))
     with torch.inference_mode():
         expected, got = model(ids, use_cache=False).logits, fused(ids, use_cache=False).logits
     scale = expected.float().abs().max()
-    assert (expected.float() - got.float()).abs().max() < scale * (1e-5 if dtype == torch.float32 else 2e-2)
+    assert (expected.float() - got.float()).abs().max() < scale * TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(16, 2), (64, 64), (65, 34), (7, 1030), (200, 576), (960, 1536)])
+def test_packed_matmuls_with_any_number_of_rows(dtype, shape):
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(*shape, generator=generator).to(dtype), torch.randn(shape[0], generator=generator).to(dtype)
+    plain, eight = (cpu_kernels(dtype).pack(weight, bias, int8) for int8 in (False, True))
+    assert cpu_kernels(dtype).pack(weight[:, :-1], None) is None, "an odd number of inputs"
+    for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 19, 20, 31, 300):
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        expected = linear(x.double(), weight.double(), bias.double())
+        scale = shape[1] ** 0.5
+        assert ((plain(x).double() - expected).abs() < TOLERANCE[dtype] * scale).all()
+        # each weight is off by up to half a step of 1 / 127 of its row's largest
+        error = linear(x.double().abs(), weight.double().abs().amax(1, keepdim=True).expand(*shape) / 254)
+        assert ((eight(x).double() - expected).abs() <= error + TOLERANCE[dtype] * scale).all()
+    with pytest.raises(TypeError, match="its weights were"):
+        plain(torch.zeros(1, shape[1], dtype=torch.float64))
+
+
+@needs_compiler
+def test_int8_takes_what_it_says(checkpoint):
+    model = checkpoint("llama")
+    outputs = {}
+    for quantization in ("none", "int8"):
+        llm = LLM(model.path, torch_dtype="float32", quantization=quantization)
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+        (output,) = llm.generate([model.prompts[-1]], params, use_tqdm=False)
+        outputs[quantization] = dict(output.logprobs[0].top)
+    common = outputs["none"].keys() & outputs["int8"].keys()
+    assert len(common) >= 3
+    differences = [abs(outputs["none"][token] - outputs["int8"][token]) for token in common]
+    assert 0 < max(differences) < 0.3
+    for settings in ({"fuse": False}, {"torch_compile": True}):
+        with pytest.raises(ConfigError, match="--quantization int8 needs"):
+            LLM(model.path, quantization="int8", **settings)
 
 
 def make(bias=True, sizes=(5, 3, 3)):
@@ -69,7 +127,7 @@ def test_layers_that_do_not_belong_together_are_left_apart():
     parent.q_proj, parent.k_proj, parent.v_proj = nn.Linear(8, 4), Special(8, 4), nn.Linear(8, 4)
     parent.gate_proj, parent.up_proj = nn.Linear(8, 4, bias=False), nn.Linear(8, 4)
     kept = parent.k_proj
-    fuse(parent)
+    fuse(parent, lambda weight, bias: None)
     assert parent.k_proj is kept
     assert parent.q_proj.sizes == parent.gate_proj.sizes == parent.up_proj.sizes == [4]
 

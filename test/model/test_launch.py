@@ -14,7 +14,7 @@ from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.engine.launch import _attention, _check_graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
-from simple_flashinfer.kernels.cpu import decode_attention, elementwise
+from simple_flashinfer.kernels.cpu import cpu_kernels, decode_attention
 from simple_flashinfer.model import kv_storage
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
@@ -276,7 +276,7 @@ def test_auto_settings(caplog):
 
 def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):
     model = checkpoint("llama")
-    for function in (elementwise, decode_attention):
+    for function in (cpu_kernels, decode_attention):
         function.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr("simple_flashinfer.kernels.compiler.compiler", lambda: None)
