@@ -18,6 +18,8 @@ class Request: import os
 if __name__ == "__main__": print("Hello, world!", 1, 23, 456)
 {"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}
 What is the weather? I don't know. Tell me, please: one, two, three.
+The day and the year of our work are in the list, but as all men know, it is not for us to say who will be first.
+If you have time, make a new name for the file and see what they do with it now, for this is how some people get to that end.
 """
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}

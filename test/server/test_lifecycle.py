@@ -174,7 +174,8 @@ def test_what_the_start_tells(random_model):
         log = "\n".join(daemon.log)
     for words in (
         "weights on cpu",
-        "Attention: sdpa in bfloat16",
+        "Attention: ",
+        " in bfloat16",
         "pages of 16 tokens",
         "fit",
         "Engine ready in",
