@@ -2,16 +2,14 @@
 
     python3 -m benchmark.peers.run [--servers ours,vllm] [--shapes tiny] [--clients 1,64] [--repeats 2] [--requests 8]
 
-Installs what is missing, makes random models of known shapes, and for each shape starts each server, sends it the same kind of
-closed-loop load at several concurrencies, and stops it; then all of that again, the servers in another order. Everything goes
-into one JSON file, after each measurement; benchmark/peers/readme.py makes README.md's table of it.
+Installs what is missing, makes random models of known shapes, and for each shape starts each server, sends it the same kind
+of closed-loop load at several concurrencies, and stops it; then all of that again, the servers in another order. What comes
+out is in one JSON file after each measurement; benchmark/peers/readme.py makes README.md's table of it.
 """
 
 import argparse
-import asyncio
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import uvloop
 
+from benchmark import report
 from benchmark.load import Load, run_point
 from benchmark.metrics import PointResult
 from benchmark.peers.install import DEFAULT_ENVS, install
@@ -52,23 +52,6 @@ PLANS = {
 DEFAULT_SHAPES = ("smollm2-135m", "tiny")
 
 
-def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _proc("/proc/cpuinfo") if line.startswith("model name")]
-    flags = next((set(line.split()) for line in _proc("/proc/cpuinfo") if line.startswith("flags")), set())
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "avx512_bf16": "avx512_bf16" in flags,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def _proc(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def commit() -> str:
     """Of the working tree, with a + if it has changes; empty where there is no git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -79,7 +62,7 @@ def commit() -> str:
 
 
 class _Usage:
-    """CPU seconds since it was made: of the server with its children, and of all that is neither server nor load generator."""
+    """CPU seconds since it was made: of the server with its children, and of all but server and load generator."""
 
     def __init__(self, server: Running) -> None:
         self._server, self._start = server, self._now(server)
@@ -94,9 +77,13 @@ class _Usage:
         return server, max(0.0, wall * (os.cpu_count() or 1) - idle - server - client)
 
 
-async def measure(server: Server, at: Running, plan: Plan, clients: int, requests: int, seed: int) -> dict[str, Any]:
+async def measure(
+    server: Server, at: Running, model: Path, plan: Plan, clients: int, requests: int, seed: int
+) -> dict[str, Any]:
     """One point. Raises TargetError when the server does not answer as it should."""
-    target = await Target.connect(server.title, at.url, endpoint="completions", extra_body=server.extra_body)
+    target = await Target.connect(
+        server.title, at.url, endpoint="completions", model=str(model), extra_body=server.extra_body
+    )
     try:
         short = await conversations(Workload(plan.prompt_length, _WARMUP, seed=seed + 1000), target.count)
         await run_point(target, short, Load(concurrency=clients, conversations=clients))
@@ -130,10 +117,9 @@ def run(options: argparse.Namespace) -> bool:
     logs = envs / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "command": " ".join(["python3 -m benchmark.peers.run", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
+        **report.context(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "commit": commit(),
-        "machine": machine(),
         "repeats": options.repeats,
         "plans": {shape: asdict(PLANS[shape]) for shape in options.shapes},
         "servers": {},
@@ -181,7 +167,7 @@ def _one_round(
                 requests = options.requests or plan.requests[clients]
                 point = {**about, "clients": clients}
                 try:
-                    yield point | asyncio.run(measure(server, at, plan, clients, requests, repeat))
+                    yield point | uvloop.run(measure(server, at, model, plan, clients, requests, repeat))
                 except TargetError as error:
                     yield point | {"error": str(error)}
     except ServerError as error:
@@ -206,7 +192,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, help="requests at each point, for a quick try (4 to 256, by clients)")
     parser.add_argument("--repeats", type=int, default=2, help="how often each server has its turn (%(default)s)")
     parser.add_argument("--envs", type=Path, default=DEFAULT_ENVS, help="folder of environments and models (.bench)")
-    parser.add_argument("--save", type=Path, default=RESULTS, help="JSON file for the results (benchmark/results/peers.json)")
+    parser.add_argument("--save", type=Path, default=RESULTS, help="JSON file (benchmark/results/peers.json)")
     options = parser.parse_args(argv)
     options.servers, options.shapes = options.servers.split(","), options.shapes.split(",")
     for given, known, flag in ((options.servers, SERVERS, "--servers"), (options.shapes, PLANS, "--shapes")):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ _START_SECONDS = 600  # the first start may compile
 _STOP_SECONDS = 30
 _CORES = os.cpu_count() or 1
 _KV_CACHE_GIB = 4
+_NOT_INHERITED = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV"}  # each server gets all cores
 
 
 class ServerError(Exception):
@@ -65,6 +67,18 @@ def _vllm(start: Start) -> list[str]:
     command = [str(start.bin / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(start.model)]
     command += ["--host", "127.0.0.1", "--port", str(start.port), "--dtype", "bfloat16"]
     return [*command, "--max-model-len", str(MAX_MODEL_LEN), "--no-enable-prefix-caching"]
+
+
+def _vllm_variables(start: Start) -> dict[str, str]:
+    """Its guide to CPUs asks for Intel's OpenMP, which its environment has, and tcmalloc, which the system may have."""
+    preload = [str(start.environment / "lib" / "libiomp5.so"), find_library("tcmalloc_minimal")]
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(_KV_CACHE_GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{_CORES - 1}",
+        "VLLM_CACHE_ROOT": str(start.environment / "cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": ":".join(filter(None, preload)),
+    }
 
 
 def _transformers(start: Start) -> list[str]:
@@ -108,7 +122,7 @@ class Server:
     name: str
     title: str
     command: Callable[[Start], list[str]]
-    variables: dict[str, str] = field(default_factory=dict)
+    variables: Callable[[Start], dict[str, str]] = lambda start: {}
     extra_body: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Start], None] = lambda start: None
 
@@ -128,7 +142,7 @@ class Server:
         words[words.index("--port") + 1] = "PORT"
         if "-np" in words:
             words[words.index("-np") + 1], words[words.index("-c") + 1] = "CLIENTS", f"{MAX_MODEL_LEN}*CLIENTS"
-        return " ".join([*(f"{name}={value}" for name, value in self.variables.items()), *words])
+        return " ".join([*(f"{name}={value}" for name, value in self.variables(start).items()), *words])
 
 
 SERVERS = {
@@ -139,7 +153,7 @@ SERVERS = {
             "vllm",
             "vLLM",
             _vllm,
-            variables={"VLLM_CPU_KVCACHE_SPACE": str(_KV_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": f"0-{_CORES - 1}"},
+            variables=_vllm_variables,
         ),
         Server(
             "transformers",
@@ -177,9 +191,9 @@ def running(server: Server, envs: Path, model: Path, clients: int, log: Path) ->
         port = free.getsockname()[1]
     start = Start(envs / server.name, model, port, clients)
     server.prepare(start)
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **server.variables}
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    variables = {**inherited, "HF_HUB_OFFLINE": "1", **server.variables(start)}
     if server.name != "ours":
-        variables.pop("PYTHONPATH", None)
         variables["PATH"] = f"{start.bin}{os.pathsep}{variables['PATH']}"
     with log.open("wb") as output:
         try:
