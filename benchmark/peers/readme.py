@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark.peers.run import RESULTS
 from benchmark.peers.servers import ROOT
 
+RESULTS = ROOT / "benchmark" / "results" / "peers.json"
 _BUSY = 0.05  # share of the machine that others used, from which the reader is told
 _MEASURES = {  # row: (path in a point, whether more is better, shapes that have this row; None: all)
     "tokens/s": ("output_throughput", True, None),
@@ -24,7 +24,7 @@ Output tokens a second, of all clients together; median time to the first token;
 processes. Best of a row in bold. Each figure is the median of {repeats} turns; tokens/s of the same point differ by up to
 {spread:.0%} between turns. Closed loop, prompts that have nothing in common, outputs of exactly the length asked for, random
 weights in bfloat16. One server at a time, with the load generator on the same machine: {cpu}, {cores} cores, {memory} GiB,
-{system}, {date}{commit}.{doubt} The servers, and how they were started:"""
+{system}, {date}{commit}.{doubt} The servers, and how they were started (ENV is the folder of a server's environment):"""
 
 
 def section(results: dict[str, Any]) -> str:
@@ -47,16 +47,14 @@ def section(results: dict[str, Any]) -> str:
 
 def _about(results: dict[str, Any], points: list[dict[str, Any]]) -> str:
     machine, busiest = results["machine"], max((point["others_cpu"] for point in points), default=0.0)
-    doubt = (
-        f" Other programs used up to {busiest:.0%} of it meanwhile, so all of this is doubtful." if busiest > _BUSY else ""
-    )
+    doubt = f" Other programs used up to {busiest:.0%} of it meanwhile, so this is doubtful." if busiest > _BUSY else ""
     text = _ABOUT.format(
         repeats=results["repeats"],
         spread=_spread(points),
         cpu=machine["cpu"],
         cores=machine["cores"],
         memory=results["memory_gib"],
-        system=machine["system"],
+        system=machine["system"].split("-")[0],
         date=results["date"][:10],
         commit=f", at {results['commit']}" if results["commit"] else "",
         doubt=doubt,

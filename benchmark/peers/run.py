@@ -4,7 +4,8 @@
 
 Installs what is missing, makes random models of known shapes, and for each shape starts each server, sends it the same kind
 of closed-loop load at several concurrencies, and stops it; then all of that again, the servers in another order. What comes
-out is in one JSON file after each measurement; benchmark/peers/readme.py makes README.md's table of it.
+out is in one JSON file after each measurement, and at the end in README.md's table. With flags that leave something out, all
+goes to the folder of the environments instead, and README.md is left as it is.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from benchmark.load import Load, run_point
 from benchmark.metrics import PointResult
 from benchmark.peers.install import DEFAULT_ENVS, install
 from benchmark.peers.models import build
+from benchmark.peers.readme import RESULTS, section, write
 from benchmark.peers.servers import ROOT, SERVERS, Running, Server, ServerError, running
 from benchmark.target import Target, TargetError
 from benchmark.workload import Workload, conversations
 
-RESULTS = ROOT / "benchmark" / "results" / "peers.json"
 _BUSY = 0.05  # share of the machine that others may use before a measurement is doubtful
 _WARMUP = 8  # tokens of each of the answers before a measurement; as many requests, or one for each client
 
@@ -147,7 +148,10 @@ def run(options: argparse.Namespace) -> bool:
             options.save.parent.mkdir(parents=True, exist_ok=True)
             options.save.write_text(json.dumps(result, indent=1) + "\n")
             print("    " + _line(point), flush=True)
-    print(f"{options.save}: {len(result['points'])} points in {time.monotonic() - started:.0f} s, {failed} failed")
+    print(f"{options.save}: {len(result['points'])} points in {time.monotonic() - started:.0f} s, {failed} failed\n")
+    print(section(result))
+    if options.save == RESULTS:
+        write(RESULTS, ROOT / "README.md")
     return not failed
 
 
@@ -192,8 +196,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, help="requests at each point, for a quick try (4 to 256, by clients)")
     parser.add_argument("--repeats", type=int, default=2, help="how often each server has its turn (%(default)s)")
     parser.add_argument("--envs", type=Path, default=DEFAULT_ENVS, help="folder of environments and models (.bench)")
-    parser.add_argument("--save", type=Path, default=RESULTS, help="JSON file (benchmark/results/peers.json)")
+    parser.add_argument("--save", type=Path, help="JSON file (benchmark/results/peers.json, if nothing is left out)")
     options = parser.parse_args(argv)
+    whole = (options.servers, options.shapes) == (",".join(SERVERS), ",".join(DEFAULT_SHAPES))
+    whole = whole and not (options.clients or options.requests)
+    options.save = options.save or (RESULTS if whole else options.envs / "peers.json")
     options.servers, options.shapes = options.servers.split(","), options.shapes.split(",")
     for given, known, flag in ((options.servers, SERVERS, "--servers"), (options.shapes, PLANS, "--shapes")):
         if unknown := set(given) - set(known):
