@@ -169,8 +169,9 @@ SERVERS = {
 class Running:
     """A server that answers at `url`."""
 
-    def __init__(self, process: psutil.Popen, url: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self.url = url
+        self.pid = process.pid
         self._process = process
 
     def cpu_seconds(self) -> float:
@@ -197,7 +198,7 @@ def running(server: Server, envs: Path, model: Path, clients: int, log: Path) ->
         variables["PATH"] = f"{start.bin}{os.pathsep}{variables['PATH']}"
     with log.open("wb") as output:
         try:
-            process = psutil.Popen(
+            process = subprocess.Popen(
                 server.command(start), stdout=output, stderr=output, cwd=ROOT, env=variables, start_new_session=True
             )
         except OSError as error:
@@ -210,7 +211,7 @@ def running(server: Server, envs: Path, model: Path, clients: int, log: Path) ->
         _stop(process)
 
 
-def _wait_until_ready(server: Server, process: psutil.Popen, url: str, log: Path) -> None:
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -223,7 +224,7 @@ def _wait_until_ready(server: Server, process: psutil.Popen, url: str, log: Path
     raise ServerError(f"{server.title} is not ready after {_START_SECONDS} s; see {log}")
 
 
-def _family(process: psutil.Popen) -> list[psutil.Process]:
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The process and all that it started, also those whose parents are gone: they are in the session that it began."""
     family = []
     for other in psutil.process_iter():
@@ -233,13 +234,13 @@ def _family(process: psutil.Popen) -> list[psutil.Process]:
     return family
 
 
-def _stop(process: psutil.Popen) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ends the process politely, and whatever is left of its children without asking."""
     family = _family(process)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.terminate()
+    process.terminate()
     _, alive = psutil.wait_procs(family, timeout=_STOP_SECONDS)
     for left in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
+    process.wait()
     psutil.wait_procs(alive, timeout=5)
