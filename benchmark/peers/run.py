@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import uvloop
 
 from benchmark import report
 from benchmark.load import Load, run_point
-from benchmark.metrics import PointResult
 from benchmark.peers.install import DEFAULT_ENVS, install
 from benchmark.peers.models import build
 from benchmark.peers.readme import RESULTS, section, write
@@ -33,7 +32,7 @@ from benchmark.target import Target, TargetError
 from benchmark.workload import Workload, conversations
 
 _BUSY = 0.05  # share of the machine that others may use before a measurement is doubtful
-_WARMUP = 8  # tokens of each of the answers before a measurement; as many requests, or one for each client
+_WARMUP = 8  # tokens of each answer before a measurement, one for each client
 
 
 @dataclass(frozen=True)
@@ -79,30 +78,30 @@ class _Usage:
 
 
 async def measure(
-    server: Server, at: Running, model: Path, plan: Plan, clients: int, requests: int, seed: int
-) -> dict[str, Any]:
-    """One point. Raises TargetError when the server does not answer as it should."""
-    target = await Target.connect(
-        server.title, at.url, endpoint="completions", model=str(model), extra_body=server.extra_body
-    )
+    server: Server, at: Running, model: Path, plan: Plan, requests: dict[int, int], seed: int
+) -> AsyncIterator[dict[str, Any]]:
+    """A point for each number of clients in `requests`. Raises TargetError when the server does not answer as it should."""
+    options = {"endpoint": "completions", "model": str(model), "extra_body": server.extra_body}
+    target = await Target.connect(server.title, at.url, **options)
     try:
-        short = await conversations(Workload(plan.prompt_length, _WARMUP, seed=seed + 1000), target.count)
-        await run_point(target, short, Load(concurrency=clients, conversations=clients))
         source = await conversations(Workload(plan.prompt_length, plan.output_length, seed=seed), target.count)
-        usage = _Usage(at)
-        result: PointResult = await run_point(target, source, Load(concurrency=clients, conversations=requests))
-        server_seconds, other_seconds = usage.server_and_others()
+        for clients, number in requests.items():
+            short = [tuple(replace(turn, output_length=_WARMUP) for turn in next(source)) for _ in range(clients)]
+            await run_point(target, iter(short), Load(concurrency=clients, conversations=clients))
+            usage = _Usage(at)
+            result = await run_point(target, source, Load(concurrency=clients, conversations=number))
+            if result.failed or result.invalid or result.short:
+                raise TargetError("; ".join([*result.errors, *result.invalid, *result.warnings]))
+            server_seconds, others = usage.server_and_others()
+            yield {
+                "clients": clients,
+                **result.as_json(),
+                "server_cpu_us_per_token": server_seconds / result.output_tokens * 1e6,
+                "others_cpu": others / result.duration / (os.cpu_count() or 1),
+                "reported_version": target.version,
+            }
     finally:
         target.client.close()
-    if result.failed or result.invalid or result.short:
-        raise TargetError("; ".join([*result.errors, *result.invalid, *result.warnings]))
-    others = other_seconds / result.duration / (os.cpu_count() or 1)
-    return {
-        **result.as_json(),
-        "server_cpu_us_per_token": server_seconds / result.output_tokens * 1e6,
-        "others_cpu": others,
-        "reported_version": target.version,
-    }
 
 
 def _rounds(shapes: list[str], servers: list[str], repeats: int) -> Iterator[tuple[int, str, str]]:
@@ -112,7 +111,7 @@ def _rounds(shapes: list[str], servers: list[str], repeats: int) -> Iterator[tup
                 yield repeat, shape, servers[(i + repeat) % len(servers)]
 
 
-def run(options: argparse.Namespace) -> bool:
+async def run(options: argparse.Namespace) -> bool:
     """Whether all went well."""
     envs: Path = options.envs.resolve()
     logs = envs / "logs"
@@ -141,7 +140,7 @@ def run(options: argparse.Namespace) -> bool:
     started, failed = time.monotonic(), 0
     for number, (repeat, shape, name) in enumerate(rounds):
         print(f"[{number + 1}/{len(rounds)}] {shape}, {SERVERS[name].title}, {time.monotonic() - started:.0f} s", flush=True)
-        for point in _one_round(options, envs, folders[shape], logs / f"{name}-{shape}.log", repeat, shape, name):
+        async for point in _one_round(options, envs, folders[shape], logs / f"{name}-{shape}.log", repeat, shape, name):
             result["points"].append(point)
             failed += "error" in point
             result["seconds"] = round(time.monotonic() - started)
@@ -155,27 +154,28 @@ def run(options: argparse.Namespace) -> bool:
     return not failed
 
 
-def _one_round(
+async def _one_round(
     options: argparse.Namespace, envs: Path, model: Path, log: Path, repeat: int, shape: str, name: str
-) -> Iterator[dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any]]:
     plan, server = PLANS[shape], SERVERS[name]
-    clients_list = [clients for clients in plan.requests if not options.clients or clients in options.clients]
-    if not clients_list:
+    requests = {
+        clients: options.requests or number
+        for clients, number in plan.requests.items()
+        if not options.clients or clients in options.clients
+    }
+    if not requests:
         return
     about = {"server": name, "shape": shape, "repeat": repeat}
-    begun = time.monotonic()
+    begun, done = time.monotonic(), set()
     try:
-        with running(server, envs, model, max(clients_list), log) as at:
+        with running(server, envs, model, max(requests), log) as at:
             about["start_seconds"] = round(time.monotonic() - begun, 1)
-            for clients in clients_list:
-                requests = options.requests or plan.requests[clients]
-                point = {**about, "clients": clients}
-                try:
-                    yield point | uvloop.run(measure(server, at, model, plan, clients, requests, repeat))
-                except TargetError as error:
-                    yield point | {"error": str(error)}
-    except ServerError as error:
-        yield from ({**about, "clients": clients, "error": str(error)} for clients in clients_list)
+            async for point in measure(server, at, model, plan, requests, repeat):
+                done.add(point["clients"])
+                yield about | point
+    except (ServerError, TargetError) as error:
+        for clients in sorted(requests.keys() - done):
+            yield {**about, "clients": clients, "error": str(error)}
 
 
 def _line(point: dict[str, Any]) -> str:
@@ -213,4 +213,4 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(not run(arguments()))
+    sys.exit(not uvloop.run(run(arguments())))

@@ -83,7 +83,9 @@ def _vllm_variables(start: Start) -> dict[str, str]:
 
 def _transformers(start: Start) -> list[str]:
     command = [str(start.bin / "transformers"), "serve", str(start.model), "--continuous-batching", "--device", "cpu"]
-    return [*command, "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(start.port)]
+    share = _KV_CACHE_GIB * 2**30 / psutil.virtual_memory().total  # by itself it would take most of the memory
+    command += ["--dtype", "bfloat16", "--cb-max-memory-percent", f"{share:.2f}"]
+    return [*command, "--host", "127.0.0.1", "--port", str(start.port)]
 
 
 def _llamacpp(start: Start) -> list[str]:
