@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmark import cli, report
 from benchmark.peers.install import DEFAULT_ENVS
 from benchmark.peers.models import SHAPES, build
-from benchmark.peers.servers import ROOT, SERVERS, Start, running
+from benchmark.peers.servers import ROOT, SERVERS, Start, running, stop_servers_when_terminated
 
 _DEMO = ROOT / "simple_flashinfer" / "demo" / "model"
 
@@ -85,6 +85,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=ROOT / "pics", help="folder for the pictures (pics)")
     parser.add_argument("--envs", type=Path, default=DEFAULT_ENVS, help="folder where models are made (.bench)")
     options = parser.parse_args()
+    stop_servers_when_terminated()
     save = options.save / options.device
     status = run(options.device, save, options.envs.resolve(), options.models.split(","))
     from benchmark import plots

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmark.peers.install import DEFAULT_ENVS
-from benchmark.peers.servers import ROOT, SERVERS, running
+from benchmark.peers.servers import ROOT, SERVERS, running, stop_servers_when_terminated
 
 _SETTINGS = {
     "off": [],
@@ -109,6 +109,7 @@ def main() -> None:
         "--plot", type=Path, default=Path(__file__).with_suffix(".png"), help="picture (pics/torch_compile.png)"
     )
     options = parser.parse_args()
+    stop_servers_when_terminated()
     histories = {}
     for setting in _SETTINGS if options.device == "cuda" else list(_SETTINGS)[:2]:
         print(f"torch.compile {setting}: {options.warmup} s of warm-up, {options.seconds} s measured ...", flush=True)

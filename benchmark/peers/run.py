@@ -27,7 +27,7 @@ from benchmark.load import Load, run_point
 from benchmark.peers.install import DEFAULT_ENVS, install
 from benchmark.peers.models import build
 from benchmark.peers.readme import RESULTS, section, write
-from benchmark.peers.servers import ROOT, SERVERS, Running, Server, ServerError, running
+from benchmark.peers.servers import ROOT, SERVERS, Running, Server, ServerError, running, stop_servers_when_terminated
 from benchmark.target import Target, TargetError
 from benchmark.workload import Workload, conversations
 
@@ -213,4 +213,5 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    stop_servers_when_terminated()
     sys.exit(not uvloop.run(run(arguments())))

@@ -8,6 +8,7 @@ and stops it with all its children.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -184,6 +185,11 @@ class Running:
                 times = process.cpu_times()
                 total += times.user + times.system
         return total
+
+
+def stop_servers_when_terminated() -> None:
+    """SIGTERM ends this process as Ctrl-C does, so that no server outlives it. For the start of a program."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @contextmanager
