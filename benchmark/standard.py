@@ -56,6 +56,7 @@ _FLAGS = {"cpu": ["--device", "cpu"], "cuda": ["--device", "cuda", "--cuda_graph
 
 def _command(start: Start, device: str) -> list[str]:
     command = [sys.executable, "-m", "simple_flashinfer.main", "--model", str(start.model), *_FLAGS[device]]
+    command += ["--served_model_name", start.model.name]
     return [*command, "--host", "127.0.0.1", "--port", str(start.port)]
 
 
@@ -70,7 +71,7 @@ def run(device: str, save: Path, envs: Path, models: list[str]) -> int:
         if load.model not in models:
             continue
         folder = _DEMO if load.model == "demo" else build(load.model, envs / "models" / load.model)
-        print(f"\n{load.model}: {' '.join(['python3', *_command(Start(envs, folder, 0, 1), device)[1:]])}", flush=True)
+        print(f"\n{load.model}, {device}", flush=True)
         with running(server, envs, folder, 1, envs / f"{load.model}.log") as at:
             for flags in filter(None, (load.closed, load.opened)):
                 status |= cli.main(["--compare", f"{load.model}={at.url}", "--save", str(save), *flags.split()])
