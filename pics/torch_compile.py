@@ -9,11 +9,13 @@ last 10 seconds. The mode reduce-overhead, which is CUDA graphs, is there only w
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from benchmark.peers.install import DEFAULT_ENVS
 from benchmark.peers.servers import ROOT, SERVERS, running, stop_servers_when_terminated
@@ -26,6 +28,7 @@ _SETTINGS = {
 _COLOURS = {"off": "#2563eb", "default": "#ea580c", "reduce-overhead": "#16a34a"}
 _REQUEST = "chat, streamed"  # the kind of which times are drawn; requests a second are of all kinds
 _RAMP = 1  # users a second
+_COMPILE_SECONDS = 1200
 
 
 def measure(setting: str, options: argparse.Namespace, folder: Path) -> Path:
@@ -38,16 +41,26 @@ def measure(setting: str, options: argparse.Namespace, folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     with running(replace(SERVERS["ours"], command=command), folder, folder, 1, folder / f"{setting}.log") as at:
-        if options.warmup:
-            _locust(at.url, options.users, options.users, options.warmup, [])
+        _wait_for_an_answer(at.url)
+        _locust(at.url, options.users, options.users, options.warmup, [])
+        _wait_for_an_answer(at.url)  # it may be compiling for a larger batch
         _locust(at.url, options.users, _RAMP, options.seconds, ["--csv", str(folder / setting), "--csv-full-history"])
     return folder / f"{setting}_stats_history.csv"
 
 
+def _wait_for_an_answer(url: str) -> None:
+    body = json.dumps({"prompt": "Hello", "max_tokens": 8}).encode()
+    request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=_COMPILE_SECONDS) as answer:
+        answer.read()
+
+
 def _locust(url: str, users: int, rate: int, seconds: int, flags: list[str]) -> None:
-    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "stress_test.py"), "-H", url, "--headless", "--only-summary"]
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "stress_test.py"), "-H", url, "--headless"]
     command += ["-u", str(users), "-r", str(rate), "-t", f"{seconds}s", "--exit-code-on-error", "1", *flags]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"locust failed:\n{done.stderr[-3000:]}")
 
 
 def history(path: Path) -> dict[str, list[tuple[float, float]]]:
