@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ _MEASURES = {  # row: (path in a point, whether more is better, shapes that have
 }
 _ABOUT = """\
 Output tokens a second, of all clients together; median time to the first token; CPU time of the server with all its
-processes. Best of a row in bold. Each figure is the median of {repeats} turns; tokens/s of the same point differ by up to
-{spread:.0%} between turns. Closed loop, prompts that have nothing in common, outputs of exactly the length asked for, random
-weights in bfloat16. One server at a time, with the load generator on the same machine: {cpu}, {cores} cores, {memory} GiB,
-{system}, {date}{commit}.{doubt} The servers, and how they were started (ENV is the folder of a server's environment):"""
+processes. Best of a row in bold; figures are medians of {repeats} turns, tokens/s of one point differ by up to {spread:.0%}
+between turns. Closed loop, prompts that have nothing in common, outputs of exactly the length asked for, random weights in
+bfloat16. One server at a time, with the load generator on the same machine: {cpu}, {cores} cores, {memory} GiB, {system},
+{date}{commit}.{doubt} The servers, and how they were started (ENV is the folder of a server's environment):"""
 
 
 def section(results: dict[str, Any]) -> str:
@@ -64,7 +65,7 @@ def _about(results: dict[str, Any], points: list[dict[str, Any]]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in server["versions"].items())
         body = f"\n  each request with {json.dumps(server['extra_body'])}" if server["extra_body"] else ""
         lines.append(f"{server['title']} ({versions})\n  {server['command']}{body}")
-    return text + "\n\n```\n" + "\n".join(lines) + "\n```"
+    return textwrap.fill(text, 125) + "\n\n```\n" + "\n".join(lines) + "\n```"
 
 
 def _of(points: list[dict[str, Any]], key: tuple[str, int, str], path: str) -> list[float]:
