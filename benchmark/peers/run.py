@@ -214,4 +214,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     stop_servers_when_terminated()
-    sys.exit(not uvloop.run(run(arguments())))
+    try:
+        sys.exit(not uvloop.run(run(arguments())))
+    except (ServerError, subprocess.CalledProcessError) as error:
+        sys.exit(f"benchmark.peers.run: {error}")
