@@ -22,7 +22,10 @@ _DEMO = ROOT / "simple_flashinfer" / "demo" / "model"
 
 @dataclass(frozen=True)
 class Load:
-    """What `benchmark.py` is told for one model, in its own flags; a closed loop, and perhaps an open one."""
+    """What `benchmark.py` is told for one model, in its own flags: a closed loop, and perhaps an open one.
+
+    They need seeds of their own, or the second finds its prompts in the daemon's prefix cache.
+    """
 
     model: str  # "demo", or one of SHAPES
     closed: str
@@ -34,20 +37,20 @@ SETS = {
         Load("demo", "--prompt_length 64 --output_length 64 --concurrency_list 1,8,32,64"),
         Load(
             "smollm2-135m",
-            "--prompt_length 230 --output_length 128 --concurrency_list 1,8,32 --requests_per_client 2",
-            "--prompt_length 230 --output_length 64 --rps_list 0.5,1,2 --num_prompts 24",
+            "--prompt_length 230 --output_length 128 --concurrency_list 1,8,32",
+            "--prompt_length 230 --output_length 64 --rps_list 0.5,1,2 --num_prompts 24 --seed 1",
         ),
     ),
     "cuda": (
         Load(
             "qwen3-0.6b",
             "--prompt_length 512 --output_length 128 --concurrency_list 1,8,32,128",
-            "--prompt_length 512 --output_length 128 --rps_list 4,16,64 --duration 20",
+            "--prompt_length 512 --output_length 128 --rps_list 4,16,64 --duration 20 --seed 1",
         ),
         Load(
             "llama-3.2-1b",
             "--prompt_length 512 --output_length 128 --concurrency_list 1,8,32,128",
-            "--prompt_length 512 --output_length 128 --rps_list 4,16,64 --duration 20",
+            "--prompt_length 512 --output_length 128 --rps_list 4,16,64 --duration 20 --seed 1",
         ),
     ),
 }
