@@ -9,9 +9,9 @@ EXTRAS ?= test,bench
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: help setup serve test test-gpu lint pics clean
+.PHONY: help setup serve test test-gpu lint bench bench-gpu bench-peers bench-compile pics clean
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv with pinned versions, when it is missing or out of date
 
@@ -34,8 +34,20 @@ lint: $(STAMP) ## ruff and mypy --strict
 test-gpu: ## tests that need a CUDA device, with the Python that has torch for CUDA and flashinfer
 	@$(PYTHON) -m pytest test/attention test/model test/bench -m gpu -W ignore::pytest.PytestConfigWarning $(ARGS)
 
+bench: $(STAMP) ## measure the daemon on this machine (4 minutes): benchmark/results/cpu, pics/latency.png, pics/throughput.png
+	@$(BIN)/python -m benchmark.standard $(ARGS)
+
+bench-gpu: ## the same with larger models on CUDA, with the Python that has torch for CUDA, flashinfer and the extra bench
+	@$(PYTHON) -m benchmark.standard --device cuda --plot pics/cuda $(ARGS)
+
+bench-peers: $(STAMP) ## measure it beside vLLM, transformers serve and llama.cpp (installs them into .bench), fill README.md's table
+	@$(BIN)/python -m benchmark.peers.run $(ARGS)
+
+bench-compile: $(STAMP) ## locust's charts with and without torch.compile: pics/torch_compile.png (3 minutes)
+	@$(BIN)/python -m pics.torch_compile $(ARGS)
+
 pics: $(STAMP) ## draw the pictures of README.md
 	@$(BIN)/python pics/architecture.py
 
-clean: ## remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the environment, all caches, and what bench-peers installed
+	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,7 @@ def context() -> dict[str, Any]:
         )
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": sys.orig_argv,
         "client_python": platform.python_version(),
         "machine": {
             "system": platform.platform(),
