@@ -157,9 +157,9 @@ class Config:
     seed: int = _setting(
         0, _number(int, 0, 2**63 - 1), "batching", "seeds the dummy weights, and requests that bring no seed"
     )
-    engine_process: str = _setting(
-        "auto", _choice("auto", "true", "false"), "batching",
-        "run the engine in a process of its own; auto does so on cuda, where HTTP must not disturb it",
+    engine_process: bool = _setting(
+        True, parse_bool, "batching",
+        "run the engine in a process of its own, where HTTP does not disturb it; false runs it in a thread",
     )  # fmt: skip
 
     page_size: int = _setting(16, _number(int, 1, 1024), "memory", "tokens in a page of the KV cache")

@@ -39,22 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> None:
     """Serves until it is told to stop. Raises ConfigError, in a sentence, when it can't start."""
     listener = _listen(config.host, config.port)  # first: a port that is taken is told before gigabytes are loaded
+    from simple_flashinfer.engine.launch import resolve_model, start_engine
+
+    path = resolve_model(config)
+    wait_for_engine = start_engine(config, path)  # a process of its own gets on while this one imports what it needs
     import uvicorn
 
     from simple_flashinfer.engine.async_engine import AsyncEngine
-    from simple_flashinfer.engine.launch import resolve_model, start_engine
     from simple_flashinfer.engine.requests import RequestFactory
     from simple_flashinfer.server.app import create_app
     from simple_flashinfer.server.service import Service
     from simple_flashinfer.text.tokenizer import Tokenizer
 
-    path = resolve_model(config)
     start = time.perf_counter()
-    tokenizer = Tokenizer(
-        path, config.tool_call_parser, config.reasoning_parser
-    )  # before the model: it is quick to find out that there is none
+    tokenizer = Tokenizer(path, config.tool_call_parser, config.reasoning_parser)
     logger.info("Tokenizer ready in %.1f s, most of it the import of transformers", time.perf_counter() - start)
-    channel, info = start_engine(config, path)
+    channel, info = wait_for_engine()
     service = Service(
         config=config,
         engine=AsyncEngine(channel, info, max_requests=config.max_sequence + config.max_waiting),

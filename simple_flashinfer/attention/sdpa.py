@@ -12,7 +12,9 @@ that need no gather.
 Prefill: a request at a time; SDPA for the plain case, the written-out form where the layer caps its scores or has sinks.
 """
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,8 +45,12 @@ class SdpaBackend(AttentionBackend):
             shape = (self.num_pages, layer.num_kv_heads, self.page_size, head_dim)
             if self.device.type != "cpu":
                 return torch.zeros(shape, dtype=self.dtype, device=self.device)
-            # numpy's zeros are pages that the system hands out when they are written to; torch's are written at once
-            return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
+            # zeros that the system hands out when they are written to (torch's are written at once), much of it at a time
+            memory = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a system without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
         self._caches = {
             index: (pages(layer, layer.head_dim_qk), pages(layer, layer.head_dim_vo)) for index, layer in self.layers.items()
@@ -57,10 +63,7 @@ class SdpaBackend(AttentionBackend):
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
         self._groups: dict[int | None, list[_Group]] = {}
-        self._plan_append()
-
-    def _plan_append(self) -> None:
-        meta, size = self._metadata, self.page_size
+        meta, size = metadata, self.page_size
         page_of_token = meta.kv_indices[meta.kv_indptr[meta.batch_indices] + meta.positions // size]
         self._append_pages = self._tensor(page_of_token)
         self._append_offsets = self._tensor(meta.positions % size)
@@ -73,41 +76,24 @@ class SdpaBackend(AttentionBackend):
         # a masked key has weight 0, but 0 * NaN is NaN: what one request computes wrongly must not stay for others
         k_cache[self._append_pages, :, self._append_offsets] = k.nan_to_num(0, 0, 0)
         v_cache[self._append_pages, :, self._append_offsets] = v.nan_to_num(0, 0, 0)
-        groups = self._plan_groups(layer.sliding_window)
-        if len(groups) == 1:
-            return self._attend_group(layer, q, k, v, sinks, groups[0])
-        out = q.new_empty(*q.shape[:2], layer.head_dim_vo)
-        self._attend_groups(layer, q, k, v, sinks, out, groups)
-        return out
-
-    def _attend_groups(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        groups: list[_Group],
-    ) -> None:
+        groups = self._groups.get(layer.sliding_window)
+        if groups is None:
+            groups = self._groups[layer.sliding_window] = self._make_groups(layer.sliding_window)
+        results = []
         for group in groups:
-            out[group.tokens] = self._attend_group(layer, q, k, v, sinks, group)
-
-    def _attend_group(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-        group: _Group,
-    ) -> torch.Tensor:
-        queries = q[group.tokens].reshape(group.pages.shape[0], -1, *q.shape[1:])
-        if group.fresh:
-            keys, values = (x[group.tokens].transpose(0, 1)[None] for x in (k, v))
-        else:
-            keys, values = (self._gather(cache, group) for cache in self._caches[layer.layer_idx])
-        return self._attend(layer, queries, keys, values, group, sinks).flatten(0, 1)
+            batch = group.pages.shape[0]
+            queries = q[group.tokens].reshape(batch, -1, *q.shape[1:])
+            if group.fresh:
+                keys, values = (x[group.tokens].transpose(0, 1)[None] for x in (k, v))
+            else:
+                keys, values = (self._gather(cache, group) for cache in (k_cache, v_cache))
+            results.append(self._attend(layer, queries, keys, values, group, sinks).flatten(0, 1))
+        if len(results) == 1:
+            return results[0]
+        out = q.new_empty(*q.shape[:2], layer.head_dim_vo)
+        for group, result in zip(groups, results, strict=True):
+            out[group.tokens] = result
+        return out
 
     def _attend(
         self,
@@ -150,13 +136,7 @@ class SdpaBackend(AttentionBackend):
 
     # -- grouping, once for each sliding window of the model -----------------------------------------------------------
 
-    def _plan_groups(self, window: int | None, first: int = 0) -> list[_Group]:
-        """The groups of the requests from `first` on; for one window always the same `first`."""
-        if window not in self._groups:
-            self._groups[window] = self._make_groups(window, first)
-        return self._groups[window]
-
-    def _make_groups(self, window: int | None, first: int) -> list[_Group]:
+    def _make_groups(self, window: int | None) -> list[_Group]:
         meta = self._metadata
         lengths = np.diff(meta.qo_indptr)
         # the first page that the request's first query still sees
@@ -164,13 +144,13 @@ class SdpaBackend(AttentionBackend):
         first_page = np.maximum(first_seen, 0) // self.page_size
         num_pages = np.diff(meta.kv_indptr) - first_page
         groups = []
-        decodes = first + np.argsort(num_pages[first : meta.num_decodes], kind="stable").astype(np.int32)
+        decodes = np.argsort(num_pages[: meta.num_decodes], kind="stable").astype(np.int32)
         while len(decodes):
             shortest = num_pages[decodes[0]]
             count = int(np.searchsorted(num_pages[decodes], max(shortest * _MAX_PADDING, shortest + 1), side="right"))
             groups.append(self._group(np.sort(decodes[:count]), first_page, num_pages, window))
             decodes = decodes[count:]
-        for request in range(max(first, meta.num_decodes), len(lengths)):
+        for request in range(meta.num_decodes, len(lengths)):
             groups.append(self._group(np.array([request], np.int32), first_page, num_pages, window))
         return groups
 

@@ -6,6 +6,8 @@ import multiprocessing
 import signal
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -72,6 +74,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
     from simple_flashinfer.model.loader import load_model, resolve_device
     from simple_flashinfer.model.runner import ModelRunner
+    from simple_flashinfer.model.threads import num_threads
 
     phases.end("import")
     device = resolve_device(config)
@@ -80,12 +83,13 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     try:
         loaded = load_model(path, config, device)
         phases.end("load")
+        torch.set_num_threads(num_threads(loaded.weight_bytes))
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
             kernels = _cpu_kernels(config, device, model_dtype)
             fuse(loaded.model, partial(kernels.pack, int8=config.quantization == "int8") if kernels else None)
             if kernels:
-                fuse_layers(loaded.model, model_dtype, kernels)
+                fuse_layers(loaded.model, model_dtype, kernels, loaded.max_model_len)
             phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
         layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
@@ -108,7 +112,11 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         prefix_caching=config.prefix_caching,
     )
     phases.end("plan")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads".replace("1 threads", "1 thread")
+    )
     logger.info(
         "Model: %s (%s), %s of %s weights on %s",
         config.model, type(loaded.model).__name__, gib(loaded.weight_bytes), _name(model_dtype), where,
@@ -214,50 +222,58 @@ def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def start_engine(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
-    """Returns when the engine is ready. Raises ConfigError in a sentence when it can't be."""
-    if _wants_process(config):
-        return _start_process(config, path)
-    core, info = build_engine(config, path)
-    sys.setswitchinterval(5e-4)  # the event loop must not wait 5 ms for the engine thread to let the interpreter go
+def start_engine(config: Config, path: str) -> Callable[[], tuple[FrontEnd, EngineInfo]]:
+    """Begins; call what it returns to wait until the engine is ready. That raises ConfigError in a sentence if it can't be.
+
+    A process starts meanwhile, on another core; a thread only when it is waited for.
+    """
+    return _start_process(config, path) if config.engine_process else lambda: _start_thread(config, path)
+
+
+def _start_thread(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
+    ready: Future[EngineInfo] = Future()
 
     def run(end: EngineEnd) -> None:
+        # built in this thread: OpenMP has a pool of threads for each thread that calls it, and puts them all to sleep
+        # between calls when together they are more than the cores (23 instead of 16 ms a step of a model of 135M)
+        try:
+            core, info = build_engine(config, path)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(info)
         serve(core, end, config.microsleep)
 
-    return ThreadChannel(run), info
+    channel = ThreadChannel(run)
+    info = ready.result()
+    sys.setswitchinterval(5e-4)  # the event loop must not wait 5 ms for the engine thread to let the interpreter go
+    return channel, info
 
 
-def _wants_process(config: Config) -> bool:
-    if config.engine_process != "auto":
-        return config.engine_process == "true"
-    if config.device == "cpu":
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _start_process(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
+def _start_process(config: Config, path: str) -> Callable[[], tuple[FrontEnd, EngineInfo]]:
     context = multiprocessing.get_context("spawn")  # a forked CUDA context does not work
     ours, theirs = context.Pipe()
     process = context.Process(target=_engine_process, args=(config, path, theirs), name="engine", daemon=True)
     process.start()
     atexit.register(process.kill)  # whatever happens here, it does not stay behind
     theirs.close()
-    try:
-        ready: EngineInfo | str = ours.recv()
-    except EOFError:
-        process.join()
-        raise ConfigError(f"the engine process ended at start (exit code {process.exitcode})") from None
-    if isinstance(ready, str):
-        raise ConfigError(ready)
+
+    def wait() -> tuple[FrontEnd, EngineInfo]:
+        try:
+            ready: EngineInfo | str = ours.recv()
+        except EOFError:
+            process.join()
+            raise ConfigError(f"the engine process ended at start (exit code {process.exitcode})") from None
+        if isinstance(ready, str):
+            raise ConfigError(ready)
+        return ProcessChannel(ours, wait_for_exit), ready
 
     def wait_for_exit() -> None:
         process.join(EXIT_SECONDS)
         if process.is_alive():
             process.kill()
 
-    return ProcessChannel(ours, wait_for_exit), ready
+    return wait
 
 
 def _engine_process(config: Config, path: str, connection: Connection) -> None:

@@ -124,18 +124,18 @@ def array_pointer(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-class DecodeAttention:
+class Attention:
     """Attention and appending for one dtype, head size and number of query heads a K/V head.
 
     The caches are [num_pages, kv_heads, page_size, head_dim]. Raises CompileError.
     """
 
     def __init__(self, dtype: torch.dtype, head_dim: int, group: int) -> None:
-        path = str(library_path("decode_attention.cpp", {_DTYPES[dtype]: 1, "HEAD_DIM": head_dim, "GROUP": group}))
+        path = str(library_path("attention.cpp", {_DTYPES[dtype]: 1, "HEAD_DIM": head_dim, "GROUP": group}))
         self._append = ctypes.PyDLL(path).append
         self._append.argtypes = [*[_pointer] * 2, *[_int] * 4, *[_pointer] * 4, *[_int] * 3]
-        self._attend = ctypes.CDLL(path).decode_attention
-        self._attend.argtypes = [_pointer, _int, _int, *[_pointer] * 5, *[_int] * 4, _float, _float, *[_pointer] * 2]
+        self._attend = ctypes.CDLL(path).attention
+        self._attend.argtypes = [_pointer, _int, _int, *[_pointer] * 6, *[_int] * 4, _float, _float, *[_pointer] * 2]
 
     @staticmethod
     def supports_head_dim(head_dim: int) -> bool:
@@ -156,28 +156,28 @@ class DecodeAttention:
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        indptr: int,
-        indices: int,
-        kv_lens: int,
-        out: torch.Tensor,
+        indices: tuple[int, int, int, int],
+        num_requests: int,
         *,
         window: int | None,
         scaling: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
-    ) -> None:
-        """One query token a request: q [R, heads, head_dim]; indptr [R + 1], indices and kv_lens [R] point to int32, as in
-        AttentionMetadata; out like q, without gaps; sinks float32 [heads].
+    ) -> torch.Tensor:
+        """q [T, heads, head_dim] -> the same shape. indices point to the int32 arrays qo_indptr, kv_indptr, kv_indices and
+        kv_lens of AttentionMetadata; sinks float32 [heads].
         """
         _, kv_heads, page_size, _ = k_cache.shape
+        out = q.new_empty(q.shape)
         self._attend(
-            q.data_ptr(), q.stride(0), q.stride(1), k_cache.data_ptr(), v_cache.data_ptr(), indptr, indices, kv_lens,
-            q.shape[0], kv_heads, page_size, window or 1 << 40, scaling, softcap or 0.0,
+            q.data_ptr(), q.stride(0), q.stride(1), k_cache.data_ptr(), v_cache.data_ptr(), *indices,
+            num_requests, kv_heads, page_size, window or 1 << 40, scaling, softcap or 0.0,
             None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
+        return out
 
 
 @functools.cache
-def decode_attention(dtype: torch.dtype, head_dim: int, group: int) -> DecodeAttention:
+def attention(dtype: torch.dtype, head_dim: int, group: int) -> Attention:
     """Raises CompileError."""
-    return DecodeAttention(dtype, head_dim, group)
+    return Attention(dtype, head_dim, group)

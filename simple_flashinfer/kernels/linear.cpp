@@ -10,9 +10,6 @@
 #include "scalar.h"
 
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace {
 

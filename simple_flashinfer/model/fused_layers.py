@@ -57,15 +57,48 @@ class FusedMLP(nn.Module):
         return self.down_proj(self._silu_and_mul(self.gate_up_proj.multiply(x)))  # type: ignore[no-any-return]
 
 
-def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: LayerKernels) -> None:
-    """Replaces layers inside the model, in place; `fuse` comes first."""
+class RotaryTable(nn.Module):
+    """cos and sin of all positions, worked out once."""
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cos", cos, persistent=False)  # [positions, dim]
+        self.register_buffer("sin", sin, persistent=False)
+        self._tables = cos, sin
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [1, T] -> cos and sin, each [1, T, dim]"""
+        cos, sin = self._tables
+        return cos.index_select(0, position_ids[0])[None], sin.index_select(0, position_ids[0])[None]
+
+
+def fuse_layers(model: nn.Module, dtype: torch.dtype, kernels: LayerKernels, num_positions: int) -> None:
+    """Replaces layers inside the model, in place; `fuse` comes first. num_positions: as many as there will be."""
     with torch.inference_mode():
+        _tabulate_rope(model, dtype, num_positions)
         for parent in list(model.modules()):
             for name, layer in list(parent.named_children()):
                 replacement = _replacement(layer, kernels)
                 if replacement is not None and _same(layer, replacement, dtype):
                     setattr(parent, name, replacement)
             _fuse_rope(parent, dtype, kernels)
+
+
+def _tabulate_rope(model: nn.Module, dtype: torch.dtype, num_positions: int) -> None:
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if name != "rotary_emb":
+                continue
+            x = torch.zeros(1, 1, dtype=dtype)
+            try:
+                cos, sin = layer(x, torch.arange(num_positions)[None])
+            except (TypeError, RuntimeError):  # it wants other arguments
+                continue
+            table = RotaryTable(cos[0], sin[0])
+            some = _random(torch.float32, 1, 7).mul(1e6).long() % num_positions
+            # the same for a few positions alone as among all, or they depend on each other (dynamic scaling)
+            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(layer(x, some), table(x, some), strict=True)):
+                setattr(parent, name, table)
 
 
 def _replacement(layer: Any, kernels: LayerKernels) -> nn.Module | None:

@@ -36,7 +36,7 @@ class LogitsProcessors:
             bias=dict(params.logit_bias),
             allowed=params.allowed_token_ids,
             banned=request.bad_token_ids,
-            min_tokens=params.min_tokens,
+            min_tokens=params.min_tokens if request.stop_token_ids else 0,
             ending=request.stop_token_ids if params.min_tokens else (),
         )
         return None if made == cls() else made

@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ 
 def fused_copy(model, dtype, int8=False):
     fused, kernels = copy.deepcopy(model), cpu_kernels(dtype)
     fuse(fused, partial(kernels.pack, int8=int8))
-    fuse_layers(fused, dtype, kernels)
+    fuse_layers(fused, dtype, kernels, 512)
     return fused
 
 
@@ -39,6 +39,7 @@ def test_logits_are_the_same(name, dtype):
     kinds = {type(module).__name__ for module in fused.modules()}
     assert ("FusedRMSNorm" in kinds) == (name != "gemma2"), "gemma's norm is 1 + weight"
     assert ("FusedMLP" in kinds) == (name not in ("gemma2", "mixtral")), "gemma's gate is a GELU, mixtral's MLPs are experts"
+    assert "RotaryTable" in kinds
     assert all("forward" in vars(m) for n, m in fused.named_modules() if n.endswith("self_attn")), "its rope is fused"
     ids = torch.randint(2, 512, (1, 37))
     with torch.inference_mode():

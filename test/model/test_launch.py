@@ -14,11 +14,12 @@ from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.engine.launch import _attention, _check_graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
-from simple_flashinfer.kernels.cpu import cpu_kernels, decode_attention
+from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.model import kv_storage
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
 from simple_flashinfer.model.runner import ModelRunner
+from simple_flashinfer.model.threads import available_cores, num_threads
 from test.attention import fake_flashinfer
 from test.conftest import _COMMON, OUTPUT_LENGTH
 
@@ -276,7 +277,7 @@ def test_auto_settings(caplog):
 
 def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):
     model = checkpoint("llama")
-    for function in (cpu_kernels, decode_attention):
+    for function in (cpu_kernels, attention):
         function.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr("simple_flashinfer.kernels.compiler.compiler", lambda: None)
@@ -308,3 +309,21 @@ def test_a_loaded_model_keeps_the_checkpoint_s_dtype(random_model):
         b.numel() * b.element_size() for b in loaded.model.buffers()
     )
     assert isinstance(ModelRunner(loaded, CPU, 4), ModelRunner)
+
+
+def test_threads_keep_to_the_quota_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    for text, expected in (("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("9900000 100000", 8)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert available_cores(tmp_path) == expected
+    old = tmp_path / "old" / "cpu"
+    old.mkdir(parents=True)
+    for quota, expected in ((-1, 8), (200_000, 2)):
+        (old / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (old / "cpu.cfs_period_us").write_text("100000\n")
+        assert available_cores(tmp_path / "old") == expected
+    assert available_cores(tmp_path / "none") == 8
+    assert num_threads(1 << 20) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert num_threads(1 << 20) == num_threads(1 << 40) == 5

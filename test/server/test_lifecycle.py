@@ -106,11 +106,14 @@ def test_who_leaves_the_queue_leaves_nothing_behind(random_model):
         daemon.wait_until_idle()
 
 
-def test_the_engine_in_a_process_of_its_own_answers_the_same(random_model, daemon):
-    flags = ["--model", random_model, "--torch_dtype", "float32", "--engine_process", "true"]
-    with Daemon(*flags) as other:
+def test_the_engine_in_a_thread_answers_the_same(random_model, daemon):
+    with Daemon("--model", random_model, "--torch_dtype", "float32", "--engine_process", "false") as other:
         mine, theirs = (d.post("/v1/completions", PROMPT).json()["choices"] for d in (daemon, other))
         assert mine == theirs
+
+
+def test_the_engine_is_killed_under_a_running_request(random_model):
+    with Daemon("--model", random_model) as other:
         with httpx.stream("POST", other.url + "/v1/completions", json=endless(), timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
@@ -135,7 +138,7 @@ def test_the_engine_in_a_process_of_its_own_answers_the_same(random_model, daemo
 
 
 def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(random_model):
-    with Daemon("--model", random_model, "--engine_process", "true") as daemon:
+    with Daemon("--model", random_model) as daemon:
         url = daemon.url + "/v1/completions"
         with httpx.stream("POST", url, json=endless(max_tokens=200), timeout=30) as response:
             lines = response.iter_lines()
@@ -150,7 +153,8 @@ def test_a_signal_to_the_whole_group_still_leaves_time_to_finish(random_model):
 @pytest.mark.parametrize("process", ["true", "false"])
 def test_told_to_stop_it_ends_although_a_client_streams(random_model, process):
     daemon = Daemon("--model", random_model, "--engine_process", process)
-    with daemon, httpx.stream("POST", daemon.url + "/v1/completions", json=endless(max_tokens=1900), timeout=30) as response:
+    body = endless(max_tokens=1900, n=64)
+    with daemon, httpx.stream("POST", daemon.url + "/v1/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()
         next(lines)
         daemon.process.terminate()
