@@ -13,8 +13,8 @@ from simple_flashinfer.kernels.compiler import CompileError
 from simple_flashinfer.kernels.cpu import Attention, array_pointer, attention, supports
 
 
-def _kernel(layer: AttentionLayer, dtype: torch.dtype) -> Attention:
-    return attention(dtype, layer.head_dim_qk, layer.num_qo_heads // layer.num_kv_heads)
+def _kernel(layer: AttentionLayer, dtype: torch.dtype, page_size: int = 16) -> Attention:
+    return attention(dtype, layer.head_dim_qk, layer.num_qo_heads // layer.num_kv_heads, page_size)
 
 
 class CpuBackend(SdpaBackend):
@@ -22,7 +22,7 @@ class CpuBackend(SdpaBackend):
 
     def _allocate(self) -> None:
         super()._allocate()
-        self._kernels = {index: _kernel(layer, self.dtype) for index, layer in self.layers.items()}
+        self._kernels = {index: _kernel(layer, self.dtype, self.page_size) for index, layer in self.layers.items()}
 
     @classmethod
     def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:

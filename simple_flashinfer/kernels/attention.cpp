@@ -1,5 +1,6 @@
-// Causal attention of a batch of requests over pages of keys and values, read where they lie. Compiled for one head size and
-// one number of query heads a K/V head: -DHEAD_DIM=64 -DGROUP=3. K and V are [num_pages, kv_heads, page_size, HEAD_DIM].
+// Causal attention of a batch of requests over pages of keys and values, read where they lie. Compiled for one head size, one
+// number of query heads a K/V head and one page size: -DHEAD_DIM=64 -DGROUP=3 -DPAGE_SIZE=16. K and V are
+// [num_pages, kv_heads, PAGE_SIZE, HEAD_DIM].
 //
 // A task is a block of query tokens of one request, with all the query heads of one K/V head, over PART keys at a time: the
 // parts are put together by their maxima and sums as they come (flash attention). A request with one query token, whose
@@ -49,9 +50,9 @@ inline Vector sums(Vector (&x)[LANES]) {
 struct Rows {  // of one request and K/V head: where token i of the request lies
     const Scalar* cache;
     const int32_t* pages;
-    int64_t page_size, page_stride;
-    const Scalar* operator[](int64_t i) const {
-        return cache + pages[i / page_size] * page_stride + (i % page_size) * HEAD_DIM;
+    int64_t page_stride;
+    const Scalar* operator[](uint32_t i) const {  // unsigned, and the size known: no division
+        return cache + pages[i / PAGE_SIZE] * page_stride + i % PAGE_SIZE * HEAD_DIM;
     }
 };
 
@@ -139,9 +140,9 @@ extern "C" {
 // sees itself and the window - 1 tokens before it. softcap 0: none; sinks [heads] may be null.
 void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, const Scalar* k_cache, const Scalar* v_cache,
                const int32_t* qo_indptr, const int32_t* kv_indptr, const int32_t* kv_indices, const int32_t* kv_lens,
-               int64_t requests, int64_t kv_heads, int64_t page_size, int64_t window, float scaling, float softcap,
+               int64_t requests, int64_t kv_heads, int64_t window, float scaling, float softcap,
                const float* sinks, Scalar* out) {
-    const int64_t page_stride = kv_heads * page_size * HEAD_DIM;
+    const int64_t page_stride = kv_heads * PAGE_SIZE * HEAD_DIM;
     std::vector<Task> tasks;
     int64_t num_keys = 0;
     for (int64_t r = 0; r < requests; ++r) {
@@ -176,8 +177,8 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
             for (int g = 0; g < block.tokens * GROUP; ++g)
                 block.queries[g] = q + (qo_indptr[r] + task.token + g / GROUP) * q_token_stride + (h * GROUP + g % GROUP) * q_head_stride;
             const int32_t* pages = kv_indices + kv_indptr[r];
-            const Rows keys = {k_cache + h * page_size * HEAD_DIM, pages, page_size, page_stride};
-            const Rows values = {v_cache + h * page_size * HEAD_DIM, pages, page_size, page_stride};
+            const Rows keys = {k_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
+            const Rows values = {v_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
             Result own;
             Result& result = task.whole ? own : results[i];
             result = {};
@@ -209,7 +210,7 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
 // becomes 0, since a masked key has weight 0 but 0 * NaN is NaN: what one request computes wrongly must not stay for others.
 void append(const Scalar* k, const Scalar* v, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
             int64_t v_head_stride, Scalar* k_cache, Scalar* v_cache, const int32_t* pages, const int32_t* rows,
-            int64_t tokens, int64_t kv_heads, int64_t page_size) {
+            int64_t tokens, int64_t kv_heads) {
     const auto copy = [](const Scalar* from, Scalar* to) {
 #pragma omp simd
         for (int d = 0; d < HEAD_DIM; ++d) {
@@ -220,7 +221,7 @@ void append(const Scalar* k, const Scalar* v, int64_t k_token_stride, int64_t k_
 #pragma omp parallel for if (tokens * kv_heads > 1024)
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t h = 0; h < kv_heads; ++h) {
-            const int64_t at = ((pages[t] * kv_heads + h) * page_size + rows[t]) * HEAD_DIM;
+            const int64_t at = ((pages[t] * kv_heads + h) * PAGE_SIZE + rows[t]) * HEAD_DIM;
             copy(k + t * k_token_stride + h * k_head_stride, k_cache + at);
             copy(v + t * v_token_stride + h * v_head_stride, v_cache + at);
         }

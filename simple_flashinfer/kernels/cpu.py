@@ -125,17 +125,18 @@ def array_pointer(array: np.ndarray) -> int:
 
 
 class Attention:
-    """Attention and appending for one dtype, head size and number of query heads a K/V head.
+    """Attention and appending for one dtype, head size, number of query heads a K/V head, and page size.
 
     The caches are [num_pages, kv_heads, page_size, head_dim]. Raises CompileError.
     """
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, group: int) -> None:
-        path = str(library_path("attention.cpp", {_DTYPES[dtype]: 1, "HEAD_DIM": head_dim, "GROUP": group}))
+    def __init__(self, dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
+        macros = {_DTYPES[dtype]: 1, "HEAD_DIM": head_dim, "GROUP": group, "PAGE_SIZE": page_size}
+        path = str(library_path("attention.cpp", macros))
         self._append = ctypes.PyDLL(path).append
-        self._append.argtypes = [*[_pointer] * 2, *[_int] * 4, *[_pointer] * 4, *[_int] * 3]
+        self._append.argtypes = [*[_pointer] * 2, *[_int] * 4, *[_pointer] * 4, *[_int] * 2]
         self._attend = ctypes.CDLL(path).attention
-        self._attend.argtypes = [_pointer, _int, _int, *[_pointer] * 6, *[_int] * 4, _float, _float, *[_pointer] * 2]
+        self._attend.argtypes = [_pointer, _int, _int, *[_pointer] * 6, *[_int] * 3, _float, _float, *[_pointer] * 2]
 
     @staticmethod
     def supports_head_dim(head_dim: int) -> bool:
@@ -148,7 +149,7 @@ class Attention:
         tokens, kv_heads, _ = k.shape
         self._append(
             k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            k_cache.data_ptr(), v_cache.data_ptr(), pages, rows, tokens, kv_heads, k_cache.shape[2],
+            k_cache.data_ptr(), v_cache.data_ptr(), pages, rows, tokens, kv_heads,
         )  # fmt: skip
 
     def attend(
@@ -167,17 +168,16 @@ class Attention:
         """q [T, heads, head_dim] -> the same shape. indices point to the int32 arrays qo_indptr, kv_indptr, kv_indices and
         kv_lens of AttentionMetadata; sinks float32 [heads].
         """
-        _, kv_heads, page_size, _ = k_cache.shape
         out = q.new_empty(q.shape)
         self._attend(
             q.data_ptr(), q.stride(0), q.stride(1), k_cache.data_ptr(), v_cache.data_ptr(), *indices,
-            num_requests, kv_heads, page_size, window or 1 << 40, scaling, softcap or 0.0,
+            num_requests, k_cache.shape[1], window or 1 << 40, scaling, softcap or 0.0,
             None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
 
 
 @functools.cache
-def attention(dtype: torch.dtype, head_dim: int, group: int) -> Attention:
+def attention(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> Attention:
     """Raises CompileError."""
-    return Attention(dtype, head_dim, group)
+    return Attention(dtype, head_dim, group, page_size)
