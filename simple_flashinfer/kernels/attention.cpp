@@ -68,11 +68,11 @@ struct Block {
     float scaling, softcap;
 };
 
-// adds keys begin .. end - 1, at most PART of them
+// adds keys begin .. end - 1, at most PART of them; num_queries is known when this is compiled, so all sums stay in registers
+template <int num_queries>
 void attend(const Block& block, Rows keys, Rows values, int64_t begin, int64_t end, Result& result) {
     alignas(64) static thread_local float weights[QUERIES][PART];
     const int64_t count = end - begin;
-    const int num_queries = int(block.tokens) * GROUP;
     for (int64_t start = 0; start < count; start += LANES) {
         Vector dots[QUERIES][LANES];
         for (int j = 0; j < LANES; ++j) {
@@ -174,8 +174,10 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
             const Task& task = tasks[i / kv_heads];
             const int64_t r = task.request, h = i % kv_heads, tokens = qo_indptr[r + 1] - qo_indptr[r];
             Block block = {{}, std::min<int64_t>(TOKENS, tokens - task.token), kv_lens[r] - tokens + task.token, window, scaling, softcap};
-            for (int g = 0; g < block.tokens * GROUP; ++g)
-                block.queries[g] = q + (qo_indptr[r] + task.token + g / GROUP) * q_token_stride + (h * GROUP + g % GROUP) * q_head_stride;
+            for (int g = 0; g < QUERIES; ++g) {
+                const int64_t token = std::min(g / GROUP, int(block.tokens) - 1);  // a block that is not full repeats its last
+                block.queries[g] = q + (qo_indptr[r] + task.token + token) * q_token_stride + (h * GROUP + g % GROUP) * q_head_stride;
+            }
             const int32_t* pages = kv_indices + kv_indptr[r];
             const Rows keys = {k_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
             const Rows values = {v_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
@@ -184,7 +186,7 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
             result = {};
             std::fill(result.peak, result.peak + QUERIES, -INFINITY);
             for (int64_t begin = task.begin; begin < task.end; begin += PART)
-                attend(block, keys, values, begin, std::min(begin + PART, task.end), result);
+                (block.tokens == 1 ? attend<GROUP> : attend<QUERIES>)(block, keys, values, begin, std::min(begin + PART, task.end), result);
             if (task.whole) finish(result, r, task.token, block.tokens, h);
         }
 #pragma omp for schedule(static)
