@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ _MEASURES = {  # row: (path in a point, whether more is better, shapes that have
 }
 _ABOUT = """\
 Output tokens a second, of all clients together; median time to the first token; CPU time of the server with all its
-processes. Best of a row in bold; figures are medians of {repeats} turns, tokens/s of one point differ by up to {spread:.0%}
-between turns. Closed loop, prompts that have nothing in common, outputs of exactly the length asked for, random weights in
-bfloat16. One server at a time, with the load generator on the same machine: {cpu}, {cores} cores, {memory} GiB, {system},
-{date}{commit}.{doubt} The servers, and how they were started (ENV is the folder of a server's environment):"""
+processes. Best of a row in bold; {turns}. Closed loop, prompts that have nothing in common, outputs of exactly the length
+asked for, random weights in bfloat16. One server at a time, with the load generator on the same machine: {cpu}, {cores}
+cores, {memory} GiB, {system}, {date}{commit}.{doubt} The servers, and how they were started (ENV is the folder of a
+server's environment):"""
 
 
 def section(results: dict[str, Any]) -> str:
@@ -50,8 +51,7 @@ def _about(results: dict[str, Any], points: list[dict[str, Any]]) -> str:
     machine, busiest = results["machine"], max((point["others_cpu"] for point in points), default=0.0)
     doubt = f" Other programs used up to {busiest:.0%} of it meanwhile, so this is doubtful." if busiest > _BUSY else ""
     text = _ABOUT.format(
-        repeats=results["repeats"],
-        spread=_spread(points),
+        turns=_turns(points),
         cpu=machine["cpu"],
         cores=machine["cores"],
         memory=results["memory_gib"],
@@ -66,6 +66,14 @@ def _about(results: dict[str, Any], points: list[dict[str, Any]]) -> str:
         body = f"\n  each request with {json.dumps(server['extra_body'])}" if server["extra_body"] else ""
         lines.append(f"{server['title']} ({versions})\n  {server['command']}{body}")
     return textwrap.fill(text, 125) + "\n\n```\n" + "\n".join(lines) + "\n```"
+
+
+def _turns(points: list[dict[str, Any]]) -> str:
+    """Of those that were finished: a run that was stopped has fewer than it was to have."""
+    least = min(Counter((point["shape"], point["clients"], point["server"]) for point in points).values(), default=0)
+    if least <= 1:
+        return "each server had one turn"
+    return f"figures are medians of {least} turns, tokens/s of one point differ by up to {_spread(points):.0%} between turns"
 
 
 def _of(points: list[dict[str, Any]], key: tuple[str, int, str], path: str) -> list[float]:

@@ -86,11 +86,16 @@ def _digest(command: list[str], source: str) -> str:
     digest = hashlib.sha256()
     for path in (_FOLDER / source, _FOLDER / "scalar.h"):
         digest.update(path.read_bytes())
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    digest.update(repr((command, version, torch.__version__, _processor())).encode())
+    digest.update(repr((command, _version(command[0]), torch.__version__, _processor())).encode())
     return digest.hexdigest()[:16]
 
 
+@functools.cache
+def _version(path: str) -> bytes:
+    return subprocess.run([path, "--version"], capture_output=True, check=False).stdout
+
+
+@functools.cache
 def _processor() -> str:
     """What -march=native goes by: a cache may be shared by different machines."""
     try:

@@ -6,6 +6,7 @@ again would take longer than they run; matmuls and attention let it go.
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -65,15 +66,19 @@ class CpuKernels:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        macros = {_DTYPES[dtype]: 1}
-        library = ctypes.PyDLL(str(library_path("elementwise.cpp", macros)))
+        with ThreadPoolExecutor() as pool:  # of compilers
+            paths = pool.map(
+                lambda source: str(library_path(source, {_DTYPES[dtype]: 1})), ("elementwise.cpp", "linear.cpp")
+            )
+        elementwise, linear = paths
+        library = ctypes.PyDLL(elementwise)
         self._rms_norm = library.rms_norm
         self._rms_norm.argtypes = [*[_pointer] * 3, _int, _int, _float]
         self._silu_and_mul = library.silu_and_mul
         self._silu_and_mul.argtypes = [*[_pointer] * 2, _int, _int]
         self._rope = library.rope
         self._rope.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
-        self._linear = ctypes.CDLL(str(library_path("linear.cpp", macros)))
+        self._linear = ctypes.CDLL(str(linear))
         self._linear.linear_plain.argtypes = [*[_pointer] * 4, *[_int] * 3]
         self._linear.linear_int8.argtypes = [*[_pointer] * 5, *[_int] * 3]
 

@@ -123,14 +123,14 @@ void block(const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile,
     }
 }
 
-template <typename Kind, int N, int M = ROWS>
+template <typename Kind, int M = ROWS>
 void block_of(int rows, const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile, int64_t row) {
     if constexpr (M == 1)
-        block<Kind, N, 1>(task, w, tile, row);
+        block<Kind, TILES, 1>(task, w, tile, row);
     else if (rows == M)
-        block<Kind, N, M>(task, w, tile, row);
+        block<Kind, TILES, M>(task, w, tile, row);
     else
-        block_of<Kind, N, M - 1>(rows, task, w, tile, row);
+        block_of<Kind, M - 1>(rows, task, w, tile, row);
 }
 
 // weights(tile, count): those of some neighbouring tiles
@@ -149,9 +149,10 @@ void linear(const Task<Kind>& task, int64_t rows, Source weights) {
                 const int64_t left = end - row, blocks = (left + ROWS - 1) / ROWS;
                 const int now = int((left + blocks - 1) / blocks);  // 8 rows as 4 and 4, not as 6 and 2
                 if (count == TILES)
-                    block_of<Kind, TILES>(now, task, w, tile, row);
+                    block_of<Kind>(now, task, w, tile, row);
                 else
-                    for (int64_t t = 0; t < count; ++t) block_of<Kind, 1>(now, task, w + t * TILE * task.in, tile + t, row);
+                    for (int64_t t = 0; t < count; ++t)  // what is left over, one by one: code for all cases takes long to compile
+                        for (int64_t m = 0; m < now; ++m) block<Kind, 1, 1>(task, w + t * TILE * task.in, tile + t, row + m);
                 row += now;
             }
         }
