@@ -1,8 +1,10 @@
 """Puts an engine together, says what it will do, and starts it in a thread or in a process."""
 
 import atexit
+import ctypes
 import logging
 import multiprocessing
+import platform
 import signal
 import sys
 import time
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from simple_flashinfer.kernels.cpu import CpuKernels
 
 logger = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def resolve_model(config: Config) -> str:
@@ -83,7 +87,9 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     try:
         loaded = load_model(path, config, device)
         phases.end("load")
-        torch.set_num_threads(num_threads(loaded.weight_bytes))
+        if device.type == "cpu":
+            torch.set_num_threads(num_threads(loaded.weight_bytes))
+            _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
             kernels = _cpu_kernels(config, device, model_dtype)
@@ -151,6 +157,17 @@ def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -
             raise ConfigError(f"--quantization {config.quantization} needs kernels in C++, and {error}") from error
         logger.warning("Matmuls and small layers run in plain torch, which is slower: %s", error)
         return None
+
+
+def _keep_memory() -> None:
+    """Asks glibc not to give large blocks back: a step frees and takes megabytes, and new memory costs a fault a page.
+
+    5 ms of a step of 32 requests that draw from a vocabulary of 49,152.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
 
 
 def _check_graphs(config: Config, device: "torch.device") -> None:

@@ -214,12 +214,17 @@ def test_the_table_of_the_readme(tmp_path):
     for said in (
         "A Processor, 2 cores, 24 GiB",
         "2026-01-02, at abc1234",
-        "up to 9% between",
+        "each server had one turn",
         "vLLM (torch 2.13.0)",
         '{"a": 1}',
     ):
         assert said in " ".join(text.split())
     assert "doubtful" not in text
+    twice = _results()
+    twice["points"] *= 2
+    assert "medians of 2 turns, tokens/s of one point differ by up to 9% between turns" in " ".join(
+        readme.section(twice).split()
+    )
 
     results, page = tmp_path / "results.json", tmp_path / "README.md"
     results.write_text(json.dumps(_results()))
