@@ -127,6 +127,8 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         "Model: %s (%s), %s of %s weights on %s",
         config.model, type(loaded.model).__name__, gib(loaded.weight_bytes), _name(model_dtype), where,
     )  # fmt: skip
+    if config.quantization != "none":
+        logger.info("Linear layers: their weights rounded to %s", config.quantization)
     logger.info("Attention: %s in %s, %d layers", name, _name(dtype), len(layers))
     logger.info(
         "KV cache: %d pages of %d tokens = %d tokens in %s; %.1f sequences of max_model_len %d fit",
