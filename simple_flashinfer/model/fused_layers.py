@@ -138,7 +138,11 @@ def _fuse_rope(layer: nn.Module, dtype: torch.dtype, kernels: LayerKernels) -> N
     if original is None or not isinstance(dim, int):
         return
 
-    def fused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fused(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if args or options or not _fits(q, k, cos, sin):
+            return original(q, k, cos, sin, *args, **options)
         return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
 
     q, k, (cos, sin) = _random(dtype, 1, 4, 3, dim), _random(dtype, 1, 2, 3, dim), _random(dtype, 2, 1, 3, dim)
@@ -151,6 +155,12 @@ def _fuse_rope(layer: nn.Module, dtype: torch.dtype, kernels: LayerKernels) -> N
         copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         copy.__kwdefaults__ = forward.__kwdefaults__
         layer.forward = MethodType(copy, layer)
+
+
+def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """The kernel gets pointers: one dtype, whole heads, and no gaps where it expects none."""
+    same = q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[-1] == cos.shape[-1]
+    return same and q.stride(-1) == k.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
 
 
 def _random(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Fusing changes how fast a model computes, not what."""
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -142,3 +143,20 @@ def test_it_can_be_switched_off(checkpoint, name):
         model.prompts, SamplingParams(temperature=0, max_tokens=OUTPUT_LENGTH, ignore_eos=True), use_tqdm=False
     )
     assert [output.token_ids for output in outputs] == model.expected
+
+
+@needs_compiler
+def test_rope_that_the_kernel_can_not_do_is_left_to_the_model():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"], dtype=torch.bfloat16).eval()
+    plain = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    layer = fused_copy(model, torch.bfloat16).model.layers[0].self_attn
+    rope = layer.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    assert rope is not plain
+    q, k = torch.randn(1, 4, 3, 16).bfloat16(), torch.randn(1, 2, 3, 16).bfloat16()
+    cos, sin = torch.randn(2, 1, 3, 16)  # float32
+    gaps = torch.randn(1, 4, 16, 3).bfloat16().transpose(2, 3)
+    narrow = cos.bfloat16(), sin.bfloat16()
+    for arguments in ((q, k, cos, sin), (gaps, k, *narrow), (q, k, *narrow), (q, k, *narrow, 1)):
+        for got, expected in zip(rope(*arguments), plain(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
