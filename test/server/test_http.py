@@ -227,6 +227,18 @@ def test_status_pages(daemon):
     assert "/v1/chat/completions" in daemon.get("/openapi.json")["paths"]
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/demo", "/docs", "/v1/models/other", "/nope"])
+def test_head_is_get_without_its_body_and_a_last_slash_means_nothing(daemon, path):
+    expected = httpx.get(daemon.url + path)
+    for method, end in (("HEAD", ""), ("HEAD", "/"), ("GET", "/")):
+        answer = httpx.request(method, daemon.url + path.rstrip("/") + end)
+        assert answer.status_code == expected.status_code
+        assert answer.headers["content-type"] == expected.headers["content-type"]
+        assert bool(answer.content) == (method == "GET")
+    assert httpx.head(daemon.url + "/v1/completions").status_code == 405
+    assert daemon.post("/v1/chat/completions/", CHAT).status_code == 200
+
+
 def test_a_compressed_body_is_refused_clearly(daemon):
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     answer = httpx.post(
