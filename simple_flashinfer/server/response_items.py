@@ -143,8 +143,9 @@ def _parse_item(given: dict[str, Any], place: str) -> _Item:
     try:
         item = _ITEMS[kind].model_validate({**given, "type": kind})
     except ValidationError as error:
-        location = ("body", *place.split("."))
-        raise RequestValidationError([{**e, "loc": (*location, *e["loc"])} for e in error.errors()]) from error
+        field, index = place.split(".")
+        errors = [{**e, "loc": ("body", field, index, *e["loc"])} for e in error.errors()]
+        raise RequestValidationError(errors, body={field: {index: given}}) from error
     item.refuse_unsupported(place)
     for name, part in item.parts():
         part.refuse_unsupported(f"{place}.{name}")

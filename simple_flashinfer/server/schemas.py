@@ -210,6 +210,18 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: ListOf[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolChoice(Strict):
+    """Of the tools that the model is shown only these may be called; `required`: one of them must be."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(Strict):
     name: str | None = None
     description: str | None = None
@@ -273,7 +285,9 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -312,25 +326,32 @@ class ChatCompletionRequest(GenerationRequest):
 
     def active_tools(self) -> list[dict[str, Any]]:
         """Those that the model is shown. Raises a 400 for a tool_choice that is not among them."""
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         if self.tool_choice == "none":
             return []
-        if self.tool_choice in (None, "auto"):
-            return tools
-        if not tools:
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if not tools and self.tool_choice not in (None, "auto"):
             raise invalid("tool_choice needs tools", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            if not any(tool["function"]["name"] == name for tool in tools):
-                raise invalid(f"tool_choice: there is no tool {name!r}", "tool_choice")
+        if unknown := self._chosen_names() - {tool["function"]["name"] for tool in tools}:
+            raise invalid(f"tool_choice: there is no tool {min(unknown)!r}", "tool_choice")
         return tools
 
-    def forced_tools(self) -> list[dict[str, Any]]:
-        """Those of which one must be called; none when the model may answer as it likes."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.active_tools() if tool["function"]["name"] == name]
-        return self.active_tools() if self.tool_choice == "required" else []
+    def allowed_tools(self) -> list[dict[str, Any]]:
+        """Of the active ones those that may be called."""
+        names = self._chosen_names()
+        return [tool for tool in self.active_tools() if not names or tool["function"]["name"] in names]
+
+    def _chosen_names(self) -> set[str]:
+        """Empty when tool_choice names none."""
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        return {self.tool_choice.function.name} if isinstance(self.tool_choice, NamedTool) else set()
+
+    @property
+    def must_call(self) -> bool:
+        """Whether there is no answer but a call."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedToolChoice) else choice
+        return mode == "required" or isinstance(mode, NamedTool)
 
 
 _RESERVED = {

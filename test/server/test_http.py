@@ -43,6 +43,11 @@ def test_the_path_is_a_name_as_well(daemon, random_model):
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 
+def _allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def _schema(schema):
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
@@ -93,6 +98,14 @@ def _schema(schema):
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name", "pattern"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "no tool 'f'"),
+        ({"tool_choice": 5}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name", "string"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}, "a": 1}}, "tool_choice.a", "not permitted"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "required"),
+        ({"tools": [TOOL], "tool_choice": _allowed("auto", "f")}, "tool_choice", "no tool 'f'"),
+        ({"tools": [TOOL], "tool_choice": _allowed("auto")}, "tool_choice.allowed_tools.tools", "at least 1"),
+        ({"tools": [TOOL], "tool_choice": _allowed("maybe", "f")}, "tool_choice.allowed_tools.mode", "required"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
         ({"response_format": _schema({"type": "object", "not": {}})}, "response_format", "not"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
