@@ -79,7 +79,7 @@ class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)  # strict: "3" and true are no numbers
 
     model: str | None = None
-    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)

@@ -57,6 +57,7 @@ def _schema(schema):
     [
         ({"temperature": "hot"}, "temperature", "number"),
         ({"temperature": -0.1}, "temperature", "0"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"top_p": 1.5}, "top_p", "1"),
         ({"top_k": 1.5}, "top_k", "integer"),
         ({"max_tokens": 0}, "max_tokens", "1"),
