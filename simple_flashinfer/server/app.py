@@ -12,7 +12,6 @@ from simple_flashinfer.server import chat, completions, messages, responses, sta
 from simple_flashinfer.server.api_key import ApiKeyCheck
 from simple_flashinfer.server.body import BodyLimit
 from simple_flashinfer.server.errors import RESPONSES, add_error_handlers
-from simple_flashinfer.server.schemas import MAX_CHOICES
 from simple_flashinfer.server.service import Service
 
 
@@ -40,9 +39,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     add_error_handlers(app)
     context = service.engine.info.max_model_len
-    app.add_middleware(
-        BodyLimit, max_bytes=context * service.tokenizer.longest_token, max_tokens=context, max_prompts=MAX_CHOICES
-    )
+    app.add_middleware(BodyLimit, max_bytes=context * service.tokenizer.longest_token, max_tokens=context)
     documentation = {app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url}
     if key := service.config.api_key:
         app.add_middleware(ApiKeyCheck, key=key, public=documentation | status.PUBLIC_PATHS)
