@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.text.grammar import MAX_GRAMMAR_LENGTH
@@ -171,9 +171,24 @@ _SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
+def text_only(*kinds: str) -> BeforeValidator:
+    """Of the type of a content part. Raises ValueError for what this server can't read."""
+
+    def check(kind: Any) -> Any:
+        if isinstance(kind, str) and kind not in kinds:
+            raise ValueError(
+                f"{kind!r} is not supported: this server takes text only, in parts of type {' or '.join(kinds)}"
+            )
+        return kind
+
+    return BeforeValidator(check)
+
+
 class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+    """refusal: words of an assistant that would not answer; to a chat template they are text."""
+
+    type: Annotated[Literal["text", "refusal"], text_only("text", "refusal")]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class FunctionCall(BaseModel):
@@ -235,13 +250,14 @@ class ResponseFormat(Strict):
 
 
 # of an answer that is sent back; the last is LiteLLM's
-_FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "status", "provider_specific_fields"}
+_FOR_BOOKKEEPING = {"annotations", "audio", "function_call", "id", "status", "provider_specific_fields"}
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart] | None = None
+    refusal: str | None = None  # stands for the content
     name: str | None = None
     tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -254,11 +270,12 @@ class ChatMessage(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}, "") and name not in _FOR_BOOKKEEPING:
                 raise invalid(f"{place}.{name} is not supported; leave it out", f"{place}.{name}", "unsupported_parameter")
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        said = self.refusal if self.content is None else self.content
+        if said is None and not (self.role == "assistant" and self.tool_calls):
             raise invalid(f"{place}.content is missing", f"{place}.content")
         if self.tool_calls and self.role != "assistant":
             raise invalid(f"{place}.tool_calls: only the assistant calls tools", f"{place}.tool_calls")
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        content = said if isinstance(said, str) else "".join(part.text for part in said or ())
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name

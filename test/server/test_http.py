@@ -78,7 +78,7 @@ def _schema(schema):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.type",
-            "text",
+            "'image_url' is not supported: this server takes text only",
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
@@ -274,3 +274,27 @@ def test_a_compressed_body_is_refused_clearly(daemon):
 )
 def test_what_clients_send_along_without_asking_for_anything(daemon, change):
     assert daemon.post("/v1/chat/completions", {**CHAT, **change}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": [{"type": "text", "text": "No"}, {"type": "refusal", "refusal": "."}]},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(daemon, said):
+    def talk(said):
+        return [{"role": "user", "content": "x"}, {"role": "assistant", **said}, {"role": "user", "content": "y"}]
+
+    plain, refused = (daemon.post("/tokenize", {"messages": talk(m)}).json() for m in ({"content": "No."}, said))
+    assert plain == refused
+
+
+def test_refusals_in_responses(daemon):
+    def tokens(content):
+        items = [{"role": "assistant", "content": content}, {"role": "user", "content": "y"}]
+        return daemon.post("/v1/responses", {"input": items, "max_output_tokens": 1}).json()["usage"]["input_tokens"]
+
+    assert tokens([{"type": "refusal", "refusal": "No, never."}]) == tokens("No, never.") > tokens("")
