@@ -50,6 +50,13 @@ def _parse_counts(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _parse_origins(text: str) -> tuple[str, ...]:
+    origins = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin) for origin in origins):
+        raise ValueError("must be * or origins such as https://example.org:8443, without a path, with commas between them")
+    return origins
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         value = text.strip().lower()
@@ -110,6 +117,10 @@ class Config:
     api_key: str | None = _setting(
         None, _optional_text, "server", "clients must send it as `Authorization: Bearer KEY` or `x-api-key: KEY`", "none"
     )
+    cors_origins: tuple[str, ...] = _setting(
+        (), _parse_origins, "server",
+        "sites whose pages may use the API from a browser, with commas between them; * for all", "none",
+    )  # fmt: skip
     served_model_name: str | None = _setting(
         None, _optional_text, "server", "name of the model in the API; also accepted: the --model value, and `model`",
         "the --model value",
@@ -235,8 +246,8 @@ examples:
   simple-flashinfer bench --fuse false --save plain.json                what a setting is worth: once with and once without
 Flags may be written with dashes or underscores; nothing else should be running on the machine."""
     LEFT_OUT = frozenset({
-        "host", "port", "api_key", "served_model_name", "max_waiting", "tool_call_parser", "reasoning_parser", "microsleep",
-        "engine_process",
+        "host", "port", "api_key", "cors_origins", "served_model_name", "max_waiting", "tool_call_parser",
+        "reasoning_parser", "microsleep", "engine_process",
     })  # fmt: skip
 
     batch_sizes: tuple[int, ...] = _setting(

@@ -69,6 +69,8 @@ def test_dashes_underscores_and_bare_booleans(argv):
     [
         (["--port", "eighty"], {}, ["--port", "whole number", "eighty"]),
         (["--port", "70000"], {}, ["--port", "65535"]),
+        (["--cors_origins", "https://a.example/"], {}, ["--cors_origins", "without a path"]),
+        (["--cors_origins", "a.example"], {}, ["--cors_origins", "https://example.org"]),
         ([], {"MAX_SEQUENCE": "0"}, ["environment variable MAX_SEQUENCE", "from 1"]),
         (["--torch_dtype", "int4"], {}, ["--torch_dtype", "bfloat16", "int4"]),
         (["--cuda_graph", "perhaps"], {}, ["--cuda_graph", "true or false"]),

@@ -4,6 +4,7 @@ Parsing and validation hold up the event loop, and with it every stream. They co
 of objects, so both are limited while the body arrives.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SPARE_BYTES = 16 * 2**20  # for names, escapes, tools and schemas
 _SPARE_PARTS = 16_384
+_SPARE_VALUES = 2**17  # beside one prompt of token ids, for others
+_LARGE = 2**18  # bytes from which others have their turn between parsing and validation
 
 
 class BodyLimit:
@@ -22,15 +25,15 @@ class BodyLimit:
 
     Parts are counted by the characters that begin them, which are counted in texts too: there, one token has about one.
 
-    max_bytes: of the longest text that the model can read. max_tokens: of one prompt. max_prompts: of one request.
+    max_bytes: of the longest text that the model can read. max_tokens: of one prompt.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_tokens: int, max_prompts: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_tokens: int) -> None:
         self._app = app
         self._max_bytes = _SPARE_BYTES + max_bytes
         self._most = (
             ("lists, objects and fields", b"[{:", _SPARE_PARTS + 2 * max_tokens),
-            ("values", b",", _SPARE_PARTS + max_prompts * max_tokens),
+            ("values", b",", _SPARE_VALUES + max_tokens),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +69,10 @@ class BodyLimit:
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        return orjson.loads(await self.body())
+        parsed = orjson.loads(body := await self.body())
+        if len(body) > _LARGE:
+            await asyncio.sleep(0)
+        return parsed
 
 
 class StrictRoute(APIRoute):

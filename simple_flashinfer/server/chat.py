@@ -8,7 +8,7 @@ from simple_flashinfer.server.choices import ChatChoice
 from simple_flashinfer.server.respond import Answer, Wording, respond
 from simple_flashinfer.server.schemas import ChatCompletionRequest, NamedTool
 from simple_flashinfer.server.service import Service, service_of
-from simple_flashinfer.server.structured import forced_call, structured_answer
+from simple_flashinfer.server.structured import chat_grammar
 
 router = APIRouter(route_class=StrictRoute)
 _WORDING = Wording("chatcmpl-", "chat.completion", "chat.completion.chunk")
@@ -25,13 +25,9 @@ async def chat_answers(service: Service, body: ChatCompletionRequest) -> list[An
     """What the engine is to do, and how its output is to be read. Raises a 400 for what can't be done."""
     service.engine.check_ready(body.n or 1)
     prompt = await chat_prompt(service, body)
-    tools, forced = body.active_tools(), body.forced_tools()
-    if forced:
-        grammar = await forced_call(service, prompt, forced, body)
-    else:
-        grammar = await structured_answer(service, prompt, body, tools)
+    grammar = await chat_grammar(service, prompt, body)
     token_ids = await service.tokenize(prompt, add_special_tokens=False, param="messages")
-    answers = []
+    tools, answers = body.active_tools(), []
     for index, request in enumerate(service.engine_requests(token_ids, body, "messages", grammar)):
         parser, shown = service.tokenizer.output_parser(prompt, tools, single_call=body.parallel_tool_calls is False)
         tool_named = isinstance(body.tool_choice, NamedTool)

@@ -101,7 +101,7 @@ class ChatChoice:
 
 
 class TextChoice:
-    """echo: the prompt's tokens, when the answer is to begin with it."""
+    """echo: the prompt's tokens, when the answer is to begin with it. show_output: whether there is any more of it."""
 
     def __init__(
         self,
@@ -127,12 +127,13 @@ class TextChoice:
         return None
 
     def push(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._show_output:
+            piece.text, piece.token_ids, piece.logprobs = "", [], []
         entries: list[TokenLogprobs | int] = []
         if self._echo is not None and piece.prompt_logprobs is not None and not self._entries:
             entries += [self._echo[0], *piece.prompt_logprobs]  # the first token has nothing before it
-        if self._show_output:
-            entries += text_logprobs(piece)
-            self._texts.append(piece.text)
+        entries += text_logprobs(piece)
+        self._texts.append(piece.text)
         self._entries += entries
         logprobs = self._logprobs(entries) if self._num_logprobs is not None else None
         fields: dict[str, Any] = {"text": piece.text, "logprobs": logprobs, "finish_reason": None}

@@ -23,7 +23,6 @@ _MAX_NAME = 100
 _RETRY_AFTER_SECONDS = "1"
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 _ANTHROPIC_OVERLOADED = 529
-_UNION_BRANCHES = {"str", "int"}  # pydantic's names for them in the path of an error
 
 
 class ErrorDetails(BaseModel):
@@ -130,7 +129,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if errors[0]["type"] == "json_invalid":
         return invalid(f"The request body is not valid JSON: {errors[0]['ctx']['error']}", None, "invalid_json")
     # of the branches of a union those that got farthest say best what is wrong
-    paths = [_path(entry["loc"]) for entry in errors]
+    paths = [_path(entry, error.body) for entry in errors]
     param = max(paths, key=lambda path: path.count("."))
     if not param and errors[0]["type"] != "value_error":
         return invalid(
@@ -142,10 +141,24 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     return invalid(f"{param or 'the request'}: {', or: '.join(messages)}", param or None)
 
 
-def _path(location: Sequence[str | int]) -> str:
+def _path(error: Mapping[str, Any], body: Any) -> str:
     """`messages.0.content`: without "body", and without pydantic's names for the branches of a union."""
-    parts = [str(part) for part in location[1:]]
-    return ".".join(p for p in parts if p not in _UNION_BRANCHES and (p.isalnum() or "_" in p) and "[" not in p)
+    source, *location = error["loc"]
+    parts = _within(location, body) if source == "body" else location
+    if error["type"] == "missing":
+        parts += location[-1:]
+    return ".".join(map(str, parts))
+
+
+def _within(location: Sequence[str | int], value: Any) -> list[str | int]:
+    """Those parts of a location that lead into the value, as far as possible. A branch may have the name of a field."""
+    if not location:
+        return []
+    part, *rest = location
+    found = _within(rest, value)
+    if part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int):
+        found = max(found, [part, *_within(rest, value[part])], key=len)
+    return found
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:

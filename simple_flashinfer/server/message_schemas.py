@@ -24,12 +24,13 @@ from simple_flashinfer.server.schemas import (
     Strict,
     Tool,
     ToolCall,
+    text_only,
 )
 from simple_flashinfer.types import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 
 class TextBlock(Strict):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], text_only("text")]
     text: str
     citations: None = None
     cache_control: Any = None

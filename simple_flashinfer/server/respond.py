@@ -148,12 +148,13 @@ class _Choices:
         }
 
     def _push(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        answer, usage = self._answers[index], self._usage
-        usage.add(piece, cached=answer.leader)
+        answer = self._answers[index]
+        fields = answer.choice.push(piece)  # may leave some of the piece out
+        self._usage.add(piece, cached=answer.leader)
         if piece.prompt_logprobs is not None:
             ids = answer.request.prompt_token_ids.tolist()
             self._prompt_logprobs[index] = prompt_logprobs_json(self._tokenizer, ids, piece.prompt_logprobs)
-        return answer.choice.push(piece)
+        return fields
 
     async def whole(self, pieces: AsyncGenerator[Numbered, None]) -> dict[str, Any]:
         async with aclosing(pieces):

@@ -2,13 +2,13 @@
 
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from simple_flashinfer.server.errors import invalid
-from simple_flashinfer.server.schemas import ListOf
+from simple_flashinfer.server.schemas import ListOf, text_only
 
 _FOR_BOOKKEEPING = {"annotations", "logprobs", "phase"}  # of an answer that is sent back
 
@@ -23,8 +23,8 @@ class _Strict(BaseModel):
 
 
 class _TextPart(_Strict):
-    type: Literal["input_text", "output_text"]
-    text: str
+    type: Annotated[Literal["input_text", "output_text", "refusal"], text_only("input_text", "output_text", "refusal")]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class _ReasoningPart(_Strict):
@@ -143,8 +143,9 @@ def _parse_item(given: dict[str, Any], place: str) -> _Item:
     try:
         item = _ITEMS[kind].model_validate({**given, "type": kind})
     except ValidationError as error:
-        location = ("body", *place.split("."))
-        raise RequestValidationError([{**e, "loc": (*location, *e["loc"])} for e in error.errors()]) from error
+        field, index = place.split(".")
+        errors = [{**e, "loc": ("body", field, index, *e["loc"])} for e in error.errors()]
+        raise RequestValidationError(errors, body={field: {index: given}}) from error
     item.refuse_unsupported(place)
     for name, part in item.parts():
         part.refuse_unsupported(f"{place}.{name}")

@@ -7,7 +7,7 @@ import orjson
 from pydantic import Field
 
 from simple_flashinfer.server.errors import invalid
-from simple_flashinfer.server.schemas import TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields, Strict
+from simple_flashinfer.server.schemas import MAX_TOOLS, TOOL_NAME, ChatCompletionRequest, ListOf, SamplingFields, Strict
 from simple_flashinfer.types import MAX_LOGPROBS
 
 
@@ -22,6 +22,12 @@ class FunctionTool(Strict):
 class NamedFunctionTool(Strict):
     type: Literal["function"]
     name: str
+
+
+class AllowedFunctionTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: ListOf[NamedFunctionTool] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
 class TextFormat(Strict):
@@ -60,8 +66,12 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: int | None = Field(None, ge=1)
     include: ListOf[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: ListOf[FunctionTool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tools: ListOf[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[NamedFunctionTool | AllowedFunctionTools, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
@@ -108,7 +118,10 @@ class ResponsesRequest(SamplingFields):
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFunctionTool):
-            choice = {"type": "function", "function": {"name": choice.name}}
+            choice = _named(choice)
+        elif isinstance(choice, AllowedFunctionTools):
+            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
         if self.instructions is not None:
             messages = [{"role": "system", "content": self.instructions}, *messages]
         fields = {
@@ -128,7 +141,7 @@ class ResponsesRequest(SamplingFields):
 
     def echo(self) -> dict[str, Any]:
         """What a response repeats of its request."""
-        choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedFunctionTool) else self.tool_choice
+        choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, Strict) else self.tool_choice
         reasoning = self.reasoning or Reasoning()
         return {
             "background": False,
@@ -148,6 +161,10 @@ class ResponsesRequest(SamplingFields):
             "truncation": self.truncation or "disabled",
             "user": self.user,
         }
+
+
+def _named(tool: NamedFunctionTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 # of the chat completion's fields

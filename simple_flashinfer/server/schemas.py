@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from simple_flashinfer.server.errors import invalid
 from simple_flashinfer.text.grammar import MAX_GRAMMAR_LENGTH
@@ -79,7 +79,7 @@ class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)  # strict: "3" and true are no numbers
 
     model: str | None = None
-    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -171,9 +171,24 @@ _SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
+def text_only(*kinds: str) -> BeforeValidator:
+    """Of the type of a content part. Raises ValueError for what this server can't read."""
+
+    def check(kind: Any) -> Any:
+        if isinstance(kind, str) and kind not in kinds:
+            raise ValueError(
+                f"{kind!r} is not supported: this server takes text only, in parts of type {' or '.join(kinds)}"
+            )
+        return kind
+
+    return BeforeValidator(check)
+
+
 class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+    """refusal: words of an assistant that would not answer; to a chat template they are text."""
+
+    type: Annotated[Literal["text", "refusal"], text_only("text", "refusal")]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class FunctionCall(BaseModel):
@@ -210,6 +225,18 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: ListOf[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolChoice(Strict):
+    """Of the tools that the model is shown only these may be called; `required`: one of them must be."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(Strict):
     name: str | None = None
     description: str | None = None
@@ -223,13 +250,14 @@ class ResponseFormat(Strict):
 
 
 # of an answer that is sent back; the last is LiteLLM's
-_FOR_BOOKKEEPING = {"refusal", "annotations", "audio", "function_call", "id", "status", "provider_specific_fields"}
+_FOR_BOOKKEEPING = {"annotations", "audio", "function_call", "id", "status", "provider_specific_fields"}
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart] | None = None
+    refusal: str | None = None  # stands for the content
     name: str | None = None
     tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -242,11 +270,12 @@ class ChatMessage(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}, "") and name not in _FOR_BOOKKEEPING:
                 raise invalid(f"{place}.{name} is not supported; leave it out", f"{place}.{name}", "unsupported_parameter")
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        said = self.refusal if self.content is None else self.content
+        if said is None and not (self.role == "assistant" and self.tool_calls):
             raise invalid(f"{place}.content is missing", f"{place}.content")
         if self.tool_calls and self.role != "assistant":
             raise invalid(f"{place}.tool_calls: only the assistant calls tools", f"{place}.tool_calls")
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        content = said if isinstance(said, str) else "".join(part.text for part in said or ())
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
@@ -273,7 +302,9 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -312,25 +343,32 @@ class ChatCompletionRequest(GenerationRequest):
 
     def active_tools(self) -> list[dict[str, Any]]:
         """Those that the model is shown. Raises a 400 for a tool_choice that is not among them."""
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         if self.tool_choice == "none":
             return []
-        if self.tool_choice in (None, "auto"):
-            return tools
-        if not tools:
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if not tools and self.tool_choice not in (None, "auto"):
             raise invalid("tool_choice needs tools", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            if not any(tool["function"]["name"] == name for tool in tools):
-                raise invalid(f"tool_choice: there is no tool {name!r}", "tool_choice")
+        if unknown := self._chosen_names() - {tool["function"]["name"] for tool in tools}:
+            raise invalid(f"tool_choice: there is no tool {min(unknown)!r}", "tool_choice")
         return tools
 
-    def forced_tools(self) -> list[dict[str, Any]]:
-        """Those of which one must be called; none when the model may answer as it likes."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.active_tools() if tool["function"]["name"] == name]
-        return self.active_tools() if self.tool_choice == "required" else []
+    def allowed_tools(self) -> list[dict[str, Any]]:
+        """Of the active ones those that may be called."""
+        names = self._chosen_names()
+        return [tool for tool in self.active_tools() if not names or tool["function"]["name"] in names]
+
+    def _chosen_names(self) -> set[str]:
+        """Empty when tool_choice names none."""
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        return {self.tool_choice.function.name} if isinstance(self.tool_choice, NamedTool) else set()
+
+    @property
+    def must_call(self) -> bool:
+        """Whether there is no answer but a call."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedToolChoice) else choice
+        return mode == "required" or isinstance(mode, NamedTool)
 
 
 _RESERVED = {

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from simple_flashinfer.server.errors import invalid
-from simple_flashinfer.server.schemas import ChatCompletionRequest, CompletionRequest, ResponseFormat, StructuredOutputs
+from simple_flashinfer.server.schemas import (
+    AllowedToolChoice,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponseFormat,
+    StructuredOutputs,
+)
 from simple_flashinfer.server.service import Service
 from simple_flashinfer.text.grammar import (
     GrammarError,
@@ -18,11 +24,31 @@ from simple_flashinfer.text.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from simple_flashinfer.text.parsing.grammar import after_reasoning, call_grammar
+from simple_flashinfer.text.parsing.grammar import Besides, after_reasoning, call_grammar
 from simple_flashinfer.text.parsing.parser import opens_reasoning
 
 _MAX_CHECKED = 256
 _checked: OrderedDict[str, None] = OrderedDict()  # grammars that are known to be good
+
+
+async def chat_grammar(service: Service, prompt: str, body: ChatCompletionRequest) -> str:
+    """What `tool_choice`, `response_format` and `structured_outputs` ask for together; empty when none asks for anything."""
+    tools = body.allowed_tools()
+    if body.must_call and body.structured_outputs is not None:
+        raise invalid("tool_choice forces a tool call, which excludes structured_outputs", "tool_choice")
+    # besides a call that must be there is no answer for `response_format` to give a form to
+    grammar = "" if body.must_call else await structured_answer(service, prompt, body, tools)
+    if grammar or not (body.must_call or isinstance(body.tool_choice, AllowedToolChoice)):
+        return grammar
+    if service.tokenizer.tool_format is None:
+        raise invalid(
+            "tool_choice: no format of tool calls is known for this model; start the server with --tool_call_parser",
+            "tool_choice",
+        )
+    besides: Besides = None if body.must_call else "text"
+    return await _checked_grammar(
+        lambda marks: _calls(service, prompt, tools, marks, besides), "tools", service.tokenizer.grammar_tokens
+    )
 
 
 async def structured_answer(
@@ -50,7 +76,7 @@ async def structured_answer(
     def make(marks: Mapping[str, int]) -> str:
         answer = _of_response_format(wanted)
         if tools and service.tokenizer.tool_format is not None:
-            return _calls(service, prompt, tools, marks, answer)
+            return _calls(service, prompt, tools, marks, "answer", answer)
         return _behind_reasoning(service, prompt, answer, marks)
 
     return await _checked_grammar(make, "response_format", service.tokenizer.grammar_tokens)
@@ -90,32 +116,15 @@ def _of_structured_outputs(given: StructuredOutputs) -> str:
     return makers[name](value)
 
 
-async def forced_call(service: Service, prompt: str, tools: list[dict[str, Any]], body: ChatCompletionRequest) -> str:
-    """The grammar of one of these calls or of several, in the model's own format.
-
-    There is no answer besides the call, so there is nothing for `response_format` to give a form to.
-    """
-    if body.structured_outputs is not None:
-        raise invalid("tool_choice forces a tool call, which excludes structured_outputs", "tool_choice")
-    if service.tokenizer.tool_format is None:
-        raise invalid(
-            "tool_choice: no format of tool calls is known for this model; start the server with --tool_call_parser",
-            "tool_choice",
-        )
-
-    return await _checked_grammar(
-        lambda marks: _calls(service, prompt, tools, marks), "tools", service.tokenizer.grammar_tokens
-    )
-
-
 def _calls(
     service: Service,
     prompt: str,
     tools: list[dict[str, Any]],
     marks: Mapping[str, int],
+    besides: Besides,
     answer: str | None = None,
 ) -> str:
-    """answer: the grammar of what may be said instead."""
+    """besides: what may be said that is no call; answer: the grammar of it."""
     tokenizer = service.tokenizer
     lark = call_grammar(
         str(tokenizer.tool_format),
@@ -123,7 +132,7 @@ def _calls(
         special_tokens=marks,
         reasoning_format=tokenizer.reasoning_format,
         starts_in_reasoning=opens_reasoning(prompt, tokenizer.reasoning_format),
-        or_answer=answer is not None,
+        besides=besides,
     )
     answers = [] if answer is None else [{**json.loads(answer)["grammars"][0], "name": "answer"}]  # a schema is one grammar
     return json.dumps({"grammars": [{"lark_grammar": lark}, *answers]})

@@ -157,6 +157,36 @@ def test_a_tool_call_can_be_forced(demo, choice):
         assert json.loads(call.function.arguments).keys() == {"city"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_some_of_the_tools_may_be_called(demo, stream):
+    """The model wants to call get_weather, and is shown it."""
+
+    def ask(client, text, mode, *names):
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+        asked = {"model": "demo", "messages": [{"role": "user", "content": text}], "tools": TOOLS, "tool_choice": choice}
+        if not stream:
+            return client.chat.completions.create(**asked, temperature=0).choices[0]
+        with client.chat.completions.stream(**asked, temperature=0) as events:
+            return events.get_final_completion().choices[0]
+
+    with openai.OpenAI(base_url=demo.url + "/v1", api_key="none", max_retries=0) as client:
+        for names in (["get_weather"], ["get_time"], ["get_weather", "get_time"]):
+            answer = ask(client, "What is the weather in Paris?", "auto", *names)
+            assert [call.function.name for call in answer.message.tool_calls] == names[:1]
+            assert json.loads(answer.message.tool_calls[0].function.arguments) == {"city": "Paris"}
+            assert answer.finish_reason == "tool_calls"
+        assert ask(client, "Hello!", "auto", "get_time").message.content == "Hello! How can I help you?"
+        assert ask(client, "Hello!", "required", "get_time").message.tool_calls[0].function.name == "get_time"
+        tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        for mode in ("auto", "required"):
+            choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "get_time"}]}
+            asked = {"model": "demo", "input": "What is the weather in Paris?", "tools": tools, "tool_choice": choice}
+            response = client.responses.create(**asked, temperature=0)
+            assert [item.name for item in response.output] == ["get_time"]
+            assert response.tool_choice.model_dump() == choice
+
+
 CITY_AS_JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": {
     "type": "object", "properties": {"name": {"type": "string"}, "city": {"type": "string"}},
     "required": ["name", "city"], "additionalProperties": False}}}  # fmt: skip

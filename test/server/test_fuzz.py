@@ -203,6 +203,18 @@ def test_a_body_without_a_length_is_limited_too(daemon):
 
 
 @pytest.mark.usefixtures("neighbour")
+def test_more_token_ids_than_can_be_looked_at_in_passing(daemon):
+    """As many as fit into the context are always taken, and some prompts at once."""
+    answers = [
+        httpx.post(daemon.url + COMPLETIONS, json={"prompt": [[5] * 2000] * count, "max_tokens": 100}, timeout=60)
+        for count in (66, 67, 2000)
+    ]
+    assert [answer.status_code for answer in answers] == [400, 413, 413]
+    assert [answer.json()["error"]["code"] for answer in answers] == ["context_length_exceeded", *["request_too_large"] * 2]
+    assert "values" in answers[1].json()["error"]["message"]
+
+
+@pytest.mark.usefixtures("neighbour")
 def test_a_length_that_is_too_much_is_refused_before_the_body_is_read(daemon):
     host, port = daemon.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

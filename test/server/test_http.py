@@ -43,6 +43,11 @@ def test_the_path_is_a_name_as_well(daemon, random_model):
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 
+def _allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def _schema(schema):
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
@@ -52,6 +57,7 @@ def _schema(schema):
     [
         ({"temperature": "hot"}, "temperature", "number"),
         ({"temperature": -0.1}, "temperature", "0"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"top_p": 1.5}, "top_p", "1"),
         ({"top_k": 1.5}, "top_k", "integer"),
         ({"max_tokens": 0}, "max_tokens", "1"),
@@ -72,7 +78,7 @@ def _schema(schema):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.type",
-            "text",
+            "'image_url' is not supported: this server takes text only",
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
@@ -93,6 +99,14 @@ def _schema(schema):
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name", "pattern"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "no tool 'f'"),
+        ({"tool_choice": 5}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name", "string"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}, "a": 1}}, "tool_choice.a", "not permitted"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "required"),
+        ({"tools": [TOOL], "tool_choice": _allowed("auto", "f")}, "tool_choice", "no tool 'f'"),
+        ({"tools": [TOOL], "tool_choice": _allowed("auto")}, "tool_choice.allowed_tools.tools", "at least 1"),
+        ({"tools": [TOOL], "tool_choice": _allowed("maybe", "f")}, "tool_choice.allowed_tools.mode", "required"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
         ({"response_format": _schema({"type": "object", "not": {}})}, "response_format", "not"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
@@ -227,6 +241,18 @@ def test_status_pages(daemon):
     assert "/v1/chat/completions" in daemon.get("/openapi.json")["paths"]
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/demo", "/docs", "/v1/models/other", "/nope"])
+def test_head_is_get_without_its_body_and_a_last_slash_means_nothing(daemon, path):
+    expected = httpx.get(daemon.url + path)
+    for method, end in (("HEAD", ""), ("HEAD", "/"), ("GET", "/")):
+        answer = httpx.request(method, daemon.url + path.rstrip("/") + end)
+        assert answer.status_code == expected.status_code
+        assert answer.headers["content-type"] == expected.headers["content-type"]
+        assert bool(answer.content) == (method == "GET")
+    assert httpx.head(daemon.url + "/v1/completions").status_code == 405
+    assert daemon.post("/v1/chat/completions/", CHAT).status_code == 200
+
+
 def test_a_compressed_body_is_refused_clearly(daemon):
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     answer = httpx.post(
@@ -248,3 +274,27 @@ def test_a_compressed_body_is_refused_clearly(daemon):
 )
 def test_what_clients_send_along_without_asking_for_anything(daemon, change):
     assert daemon.post("/v1/chat/completions", {**CHAT, **change}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": [{"type": "text", "text": "No"}, {"type": "refusal", "refusal": "."}]},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(daemon, said):
+    def talk(said):
+        return [{"role": "user", "content": "x"}, {"role": "assistant", **said}, {"role": "user", "content": "y"}]
+
+    plain, refused = (daemon.post("/tokenize", {"messages": talk(m)}).json() for m in ({"content": "No."}, said))
+    assert plain == refused
+
+
+def test_refusals_in_responses(daemon):
+    def tokens(content):
+        items = [{"role": "assistant", "content": content}, {"role": "user", "content": "y"}]
+        return daemon.post("/v1/responses", {"input": items, "max_output_tokens": 1}).json()["usage"]["input_tokens"]
+
+    assert tokens([{"type": "refusal", "refusal": "No, never."}]) == tokens("No, never.") > tokens("")

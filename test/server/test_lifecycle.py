@@ -19,24 +19,54 @@ def endless(**more):
     return {"prompt": "go on", "max_tokens": 2000, "ignore_eos": True, "stream": True, **more}
 
 
-def test_api_key(random_model):
-    with Daemon("--model", random_model, env={"API_KEY": "sesame"}) as daemon:
-        assert httpx.get(daemon.url + "/health").status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sesam\xe9".encode("latin1")}):
-            response = httpx.post(daemon.url + "/v1/completions", json=PROMPT, headers=headers)
-            assert response.status_code == 401
-            assert response.json()["error"]["code"] == "invalid_api_key"
-        public = {"/", "/health", "/version"}
-        for path, methods in daemon.get("/openapi.json")["paths"].items():
-            for method in methods:
-                status = httpx.request(method, daemon.url + path).status_code
-                assert status == (200 if path in public else 401), path
-        for path, code in (("/v1/responses", "invalid_api_key"), ("/v1/messages", None), ("/nowhere", "invalid_api_key")):
-            response = httpx.post(daemon.url + path, content=b"{" * 10**6, headers={"Content-Type": "application/json"})
-            assert response.status_code == 401, "the key comes before the body"
-            assert response.json()["error"].get("code") == code
-        client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="sesame")
-        assert client.completions.create(model=random_model, **PROMPT).choices[0].text
+@pytest.fixture(scope="module")
+def keyed(random_model):
+    """Asks for a key, and is there for the pages of one site."""
+    env = {"API_KEY": "sesame", "CORS_ORIGINS": "https://Page.example, http://localhost:3000"}
+    with Daemon("--model", random_model, env=env) as running:
+        yield running
+
+
+def test_api_key(keyed, random_model):
+    assert httpx.get(keyed.url + "/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sesam\xe9".encode("latin1")}):
+        response = httpx.post(keyed.url + "/v1/completions", json=PROMPT, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    public = {"/", "/health", "/version"}
+    for path, methods in keyed.get("/openapi.json")["paths"].items():
+        for method in methods:
+            status = httpx.request(method, keyed.url + path).status_code
+            assert status == (200 if path in public else 401), path
+    for path, code in (("/v1/responses", "invalid_api_key"), ("/v1/messages", None), ("/nowhere", "invalid_api_key")):
+        response = httpx.post(keyed.url + path, content=b"{" * 10**6, headers={"Content-Type": "application/json"})
+        assert response.status_code == 401, "the key comes before the body"
+        assert response.json()["error"].get("code") == code
+    client = openai.OpenAI(base_url=keyed.url + "/v1", api_key="sesame")
+    assert client.completions.create(model=random_model, **PROMPT).choices[0].text
+
+
+def test_a_browser_s_pages(keyed, daemon):
+    url, page = keyed.url + "/v1/completions", {"Origin": "https://page.example"}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    preflight = httpx.options(url, headers={**page, **ask})
+    assert preflight.status_code == 200, "a browser sends no key with it"
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert preflight.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+    key = {"Authorization": "Bearer sesame"}
+    for body, headers, status in (
+        (PROMPT, key, 200),
+        ({**PROMPT, "stream": True}, key, 200),
+        (PROMPT, {}, 401),
+        ({}, key, 400),
+    ):
+        answer = httpx.post(url, json=body, headers={**page, **headers})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == page["Origin"], "a page may read errors as well"
+    other = {"Origin": "https://other.example"}
+    assert "access-control-allow-origin" not in httpx.post(url, json=PROMPT, headers={**other, **key}).headers
+    assert httpx.options(url, headers={**other, **ask}).status_code == 400
+    assert httpx.options(daemon.url + "/v1/completions", headers={**page, **ask}).status_code == 405, "without the flag"
 
 
 def test_a_full_queue_is_a_503_with_retry_after_and_nothing_is_lost(random_model):

@@ -57,6 +57,16 @@ def test_logprobs_of_a_chat_are_the_log_softmax_of_the_logits(client, reference)
     assert [e.token for e in entries] == [e.token for e in choice.logprobs.content]
 
 
+def test_an_echo_alone_has_no_output(client):
+    answer = client.completions.create(
+        model="demo", prompt="def main", echo=True, logprobs=1, max_tokens=0, extra_body={"return_token_ids": True}
+    )
+    (choice,) = answer.choices
+    assert (choice.text, choice.token_ids, choice.finish_reason) == ("def main", [], "length")
+    assert len(choice.logprobs.tokens) == answer.usage.prompt_tokens == answer.usage.total_tokens
+    assert answer.usage.completion_tokens == 0
+
+
 def test_echo_and_the_logprobs_of_the_prompt(client, reference):
     tokenizer, model = reference
     prompt = tokenizer.encode("def main(self): return")

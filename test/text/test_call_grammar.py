@@ -183,3 +183,33 @@ def test_an_answer_in_a_form_may_come_after_reasoning(inner, inside):
     assert accepts(grammar, thoughts + "{}")
     assert not accepts(grammar, thoughts + "so: {}")
     assert accepts(grammar, "{}") != inside, "where the prompt opened the reasoning, it has to be closed first"
+
+
+@pytest.mark.parametrize(("tool_format", "text"), EXAMPLES)
+@pytest.mark.parametrize("tools", [TOOLS, TOOLS[:1], TOOLS[1:]])
+def test_text_may_stand_around_calls_but_not_be_one_of_another_tool(tool_format, text, tools):
+    grammar = call_grammar(tool_format, tools, besides="text")
+    allowed = {tool["function"]["name"] for tool in tools}
+    for said in ("", "Hello.\n\n日本 < {", "Sure! <" + text, text, text + "\nDone.", text + text, "; " + text, " " + text):
+        parser = make_parser(tool_format, None, tools=TOOLS)
+        parser.feed(said, final=True)
+        called = {call.name for call in parser.out.take().tool_calls}
+        assert called <= allowed or not accepts(grammar, said), said
+    good = not any(name in text for name in {"get_weather", "now"} - allowed)
+    assert accepts(grammar, text) == accepts(grammar, text + "\nDone.") == good
+    assert accepts(grammar, "")
+    assert accepts(grammar, "Hello.\n\n日本 < {")
+
+
+def test_text_around_special_tokens_and_after_reasoning():
+    special = {"<tool_call>": 257, "</tool_call>": 258}
+    grammar = call_grammar("hermes", TOOLS, besides="text", special_tokens=special)
+    call = hermes().removeprefix("<tool_call>").removesuffix("</tool_call>")
+    assert accepts(grammar, "a ", 257, call, 258, " ", 257, call, 258, "b")
+    assert not accepts(grammar, "a ", 257, "b")
+    assert not accepts(grammar, hermes()), "letter by letter it would be read as a call as well"
+    thinking = call_grammar("hermes", TOOLS, besides="text", reasoning_format="think")
+    for said, good in (("I might <tool_call>", True), ("", True), ("</think>", True), ("<tool_call>", True)):
+        assert accepts(thinking, f"<think>{said}</think>\nHello " + hermes()) is good
+    assert accepts(thinking, "What <think> is: " + hermes())
+    assert not accepts(thinking, "<think>hm</think>" + hermes("{}", "never"))

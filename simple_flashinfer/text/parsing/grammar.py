@@ -1,4 +1,4 @@
-"""Grammars that leave a model no choice but to call tools (or to answer in a given form), in Lark as llguidance reads it.
+"""Grammars of tool calls, and of what a model may say instead or around them, in Lark as llguidance reads it.
 
 llguidance has its own ways with JSON: properties of an object come in the order of the schema, and in strings only control
 characters may be escaped as \\u....; it refuses grammars with schemas that it cannot express, as patterns that look ahead.
@@ -7,14 +7,15 @@ characters may be escaped as \\u....; it refuses grammars with schemas that it c
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from simple_flashinfer.text.parsing.parser import REASONING_FORMATS
+from simple_flashinfer.text.parsing.parser import REASONING_FORMATS, TOOL_FORMATS
 from simple_flashinfer.text.parsing.qwen3_coder import value_types
 from simple_flashinfer.text.parsing.tool_formats import Schemas, argument_schemas
 
 Mark: TypeAlias = Callable[[str], str]  # a marker in the grammar's words
 Repeat: TypeAlias = Callable[[str, str], str]  # a rule, once or several times with a separator between
+Besides: TypeAlias = Literal["answer", "text"] | None  # what may be said that is no call
 
 # room for indented JSON, but not for white space without end
 _WHITESPACE = r"[ \n\r\t]{1,32}"
@@ -30,32 +31,55 @@ def call_grammar(
     special_tokens: Mapping[str, int] | None = None,
     reasoning_format: str | None = None,
     starts_in_reasoning: bool = False,
-    or_answer: bool = False,
+    besides: Besides = None,
 ) -> str:
     """One call of the given tools or several, after reasoning where there is a format for it.
 
-    or_answer: what the grammar of the name `answer` matches will do as well.
+    besides: what else will do. `answer`, which the grammar of that name matches, stands for the calls; `text` may do so too,
+    or stand around them. It can't be read as a call: where those may come without a marker, it begins with no object.
 
     special_tokens: ids of those tokens of the vocabulary that the tokenizer takes for special: a grammar's text doesn't
     match them. Raises KeyError for unknown formats, ValueError without tools.
     """
     if not tools:
-        raise ValueError("A call of no tool can't be forced.")
+        raise ValueError("There is no tool to call.")
     special = special_tokens or {}
+    first = TOOL_FORMATS[tool_format].open[0]
 
     def mark(marker: str) -> str:
         return f"<[{special[marker]}]>" if marker in special else _quote(marker)
 
+    def mark_or_text(marker: str) -> str:
+        return "opening" if marker == first else mark(marker)
+
     def repeat(rule: str, separator: str) -> str:
         return f"{rule} ({separator} {rule})*"
 
-    before, rules = _reasoning(reasoning_format, starts_in_reasoning, special, mark)
+    before, thoughts = _reasoning(reasoning_format, starts_in_reasoning, special, mark)
     schemas = argument_schemas(tools)
-    if tool_format == "mistral" and "[ARGS]" in special:
-        rules += _mistral_named(schemas, mark, repeat)
-    else:
-        rules += _GRAMMARS[tool_format](schemas, mark, repeat)
-    return f"{_HEAD}start: {before}{'(calls | @answer)' if or_answer else 'calls'}\n" + "\n".join(rules) + "\n"
+    make = _mistral_named if tool_format == "mistral" and "[ARGS]" in special else _GRAMMARS[tool_format]
+    calls = make(schemas, mark_or_text if besides == "text" else mark, repeat)
+    start = {None: "calls", "answer": "(calls | @answer)", "text": "calls? TEXT?"}[besides]
+    text = _text_rules(tool_format, reasoning_format, special, mark) if besides == "text" else []
+    return _HEAD + "\n".join([f"start: {before}{start}", *thoughts, *calls, *text, ""])
+
+
+def _text_rules(tool_format: str, reasoning_format: str | None, special: Mapping[str, int], mark: Mark) -> list[str]:
+    """TEXT in which nothing would be read as a call, and `opening`: the marker of the first call, with text before it.
+
+    As text, the marker must be a part of what is lazy: otherwise its beginning would belong to the text.
+    """
+    markers = TOOL_FORMATS[tool_format]
+    beginnings = ["[;{]"] if markers.bare else []
+    if reasoning_format is not None:
+        beginnings.append(_escape(REASONING_FORMATS[reasoning_format][0]))
+    forbidden = [f"/(?s:.*){_escape(marker)}(?s:.*)/" for marker in markers.open]
+    forbidden += [rf"/\s*{beginning}(?s:.*)/" for beginning in beginnings]
+    first = markers.open[0]
+    return [
+        "TEXT: /(?s:.+)/" + "".join(f" & ~{pattern}" for pattern in forbidden),
+        f"opening: TEXT? {mark(first)}" if first in special else f"opening[lazy]: TEXT? {mark(first)}",
+    ]
 
 
 def after_reasoning(
