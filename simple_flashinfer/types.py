@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -145,6 +146,13 @@ class EngineRequest:
     stop_token_ids: tuple[int, ...] = ()
     bad_token_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words, in every way that begins a token
 
+    @property
+    def looks_back(self) -> bool:
+        """A token can't be drawn before the ones before it are known on the host."""
+        p = self.params
+        penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        return bool(penalties or p.grammar or any(len(words) > 1 for words in self.bad_token_ids))
+
 
 @dataclass(frozen=True, slots=True)
 class Add:
@@ -164,11 +172,15 @@ class Stop:
 Command = Add | Abort | Stop
 
 
+UNKNOWN_TOKEN = -1  # in a RequestTable: a step in flight draws it
+
+
 class RequestTable:
     """One row for each running request; the only copy of its tokens and of its page table.
 
     The core writes. An executor reads, and only until its `execute` returns: the next `schedule` may change any row.
     Rows are reused: what is right of `num_tokens` (of `num_pages`) in a row is left over from earlier requests.
+    All counts are what they will be when the steps in flight are done.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
@@ -179,7 +191,7 @@ class RequestTable:
         self.token_ids: Int32Array = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.page_table: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
         self.num_prompt_tokens = column()
-        self.num_tokens = column()  # prompt and output, known so far
+        self.num_tokens = column()  # prompt and output, those that are being drawn included
         self.num_computed_tokens = column()  # those whose K/V is in the cache
         self.num_pages = column()
         self.page_size = page_size
@@ -189,8 +201,11 @@ class RequestTable:
 class SchedulerOutput:
     """One step. Requests with one token to compute stand before those with several.
 
+    A token to compute that is UNKNOWN_TOKEN in the table is the one that the executor drew for that row last.
+
     Attributes:
         rows: int32 [R], rows of `table`.
+        arrivals: int64 [R], what tells the request in a row from others that the row has at other times.
         num_scheduled_tokens: int32 [R], at least 1 each; they follow `num_computed_tokens` in the row.
         num_computed_tokens: int32 [R], before this step.
         num_decodes: how many of the first rows have one token.
@@ -199,12 +214,18 @@ class SchedulerOutput:
     """
 
     rows: Int32Array
+    arrivals: Int64Array
     num_scheduled_tokens: Int32Array
     num_computed_tokens: Int32Array
     num_decodes: int
     samples: BoolArray
     table: RequestTable
     new_requests: list[tuple[int, EngineRequest]] = field(default_factory=list)
+
+    @property
+    def ends(self) -> Int32Array:
+        """int32 [R], tokens of each request that are computed after this step: the place of the token that is drawn."""
+        return self.num_computed_tokens + self.num_scheduled_tokens
 
 
 @dataclass(frozen=True, slots=True)

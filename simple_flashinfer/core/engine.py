@@ -1,6 +1,9 @@
 """The engine: commands in, one step at a time, outputs out. Synchronous and single-threaded.
 
-A step that fails changes nothing: no request's `num_computed_tokens` moves, so it can simply be tried again. When
+With `overlap` the next step is scheduled and handed to the executor before the result of the one before is waited for: the
+device always has something to do, and what the host does takes no time of it.
+
+A step that fails is taken back, and with it the one that was scheduled after it, so that it can simply be tried again. When
 several requests were in it, each is tried alone; the one that fails alone is to blame and gets the error, the others
 never notice. Only an EngineDeadError (the device is lost) ends the engine.
 
@@ -11,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from typing import Protocol
 
 from simple_flashinfer.core.scheduler import Scheduler
@@ -33,10 +36,15 @@ from simple_flashinfer.types import (
 logger = logging.getLogger(__name__)
 
 
-class Executor(Protocol):
-    """Runs the model. `execute` may raise, or its future may: EngineDeadError when nothing more can be run."""
+class StepResult(Protocol):
+    def result(self) -> ModelOutput:
+        """Waits for it, and may raise what went wrong: EngineDeadError when nothing more can be run."""
 
-    def execute(self, batch: SchedulerOutput) -> Future[ModelOutput]: ...
+
+class Executor(Protocol):
+    """Runs steps on the model, in the order in which they come."""
+
+    def execute(self, batch: SchedulerOutput) -> StepResult: ...
 
     def prepare(self, request: EngineRequest) -> "Preparation":
         """Begins, in the background, what a request with a grammar needs before it is scheduled."""
@@ -55,10 +63,14 @@ _POLL_SECONDS = 1e-3
 
 
 class EngineCore:
-    def __init__(self, scheduler: Scheduler, executor: Executor, check_when_idle: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, overlap: bool = False, check_when_idle: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.stopped = False
+        self._most_in_flight = 1 if overlap else 0  # while the host does something else than to wait for them
+        self._in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()  # oldest first
         self._check_when_idle = check_when_idle
         self._suspects: deque[str] = deque()  # were in a step that failed: each runs alone once
         self._preparing: dict[str, tuple[EngineRequest, Preparation]] = {}
@@ -66,7 +78,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_requests or bool(self._outputs) or bool(self._preparing)
+        return self.scheduler.has_requests or bool(self._outputs or self._preparing or self._in_flight)
 
     def apply(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -83,25 +95,30 @@ class EngineCore:
                 self.stopped = True
 
     def step(self) -> StepOutputs | None:
-        """One step. None when there was nothing to do."""
+        """Hands over one step, and takes in what this or the one before gave. None when there was nothing to do."""
         if not self.has_work:
             return None
         if self._preparing:
             self._add_prepared()
         batch = self.scheduler.schedule(only=self._next_suspect())
-        if batch is not None:
-            try:
-                result = self.executor.execute(batch).result()
-            except EngineDeadError:
-                raise
-            except Exception as error:
-                self._on_failure(batch, error)
-            else:
+        try:
+            if batch is not None:
+                self._in_flight.append((batch, self.executor.execute(batch)))
+            if self._in_flight and (batch is None or self._suspects or len(self._in_flight) > self._most_in_flight):
+                batch, running = self._in_flight[0]
+                result = running.result()
+                self._in_flight.popleft()
+                self._outputs += self.scheduler.update(batch, result)
                 if self._suspects:
                     self._suspects.popleft()
-                self._outputs += self.scheduler.update(batch, result)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            assert batch is not None
+            self._take_back()
+            self._on_failure(batch, error)
         outputs, self._outputs = self._outputs, []
-        if self._check_when_idle and not self.scheduler.has_requests:
+        if self._check_when_idle and not self.scheduler.has_requests and not self._in_flight:
             self.scheduler.check()
         return StepOutputs(outputs, self.scheduler.stats())
 
@@ -127,19 +144,27 @@ class EngineCore:
             self._suspects.popleft()  # left meanwhile
         return self._suspects[0] if self._suspects else None
 
+    def _take_back(self) -> None:
+        """All steps in flight. Each is waited for: what it still writes must not come after what is scheduled next."""
+        while self._in_flight:
+            _, running = self._in_flight.popleft()
+            with suppress(Exception):  # a lost device shows again
+                running.result()
+        self.scheduler.rollback()
+
     def _on_failure(self, batch: SchedulerOutput, error: Exception) -> None:
         if isinstance(error, RequestFailedError):
-            self.scheduler.abort(error.request_id)
-            self._fail(error.request_id, str(error))
+            if self.scheduler.abort(error.request_id):
+                self._fail(error.request_id, str(error))
             return
         request_ids = self.scheduler.ids_of(batch)
         if len(request_ids) > 1:
             logger.warning("A step of %d requests failed (%r); trying each alone.", len(request_ids), error)
             self._suspects.extend(request_ids)
-            return
-        logger.error("Request %s failed.", request_ids[0], exc_info=error)
-        self.scheduler.abort(request_ids[0])
-        self._fail(request_ids[0], f"The engine failed on this request: {type(error).__name__}")
+        elif request_ids:
+            logger.error("Request %s failed.", request_ids[0], exc_info=error)
+            self.scheduler.abort(request_ids[0])
+            self._fail(request_ids[0], f"The engine failed on this request: {type(error).__name__}")
 
     def _fail(self, request_id: str, message: str) -> None:
         self._outputs.append(EngineOutput(request_id, (), FinishReason.ERROR, message))

@@ -70,12 +70,12 @@ class KVCacheManager:
         self.table.num_pages[row] = self._num_sealed[row] = len(matched)
         self.table.num_computed_tokens[row] = len(matched) * self.table.page_size
 
-    def seal(self, rows: Int32Array, by_row: list[Request | None]) -> None:
-        """Makes pages findable whose tokens were all computed in this step."""
+    def seal(self, rows: Int32Array, num_computed: Int32Array, by_row: list[Request | None]) -> None:
+        """Makes pages findable whose tokens are all among the first num_computed of their row, and known."""
         if not self._prefix_caching:
             return
         table, size = self.table, self.table.page_size
-        num_full = table.num_computed_tokens[rows] // size
+        num_full = num_computed // size
         for row, full in (
             zip(rows.tolist(), num_full.tolist(), strict=True) if (num_full > self._num_sealed[rows]).any() else ()
         ):
@@ -85,6 +85,14 @@ class KVCacheManager:
                 key = request.page_key(index, table.token_ids[row, index * size : (index + 1) * size])
                 self.pool.seal(int(table.page_table[row, index]), key)
             self._num_sealed[row] = full
+
+    def trim(self, rows: Int32Array) -> None:
+        """Takes back pages that the rows' tokens do not need, after a rollback."""
+        table = self.table
+        needed = -(-table.num_tokens[rows] // table.page_size)
+        for row, keep in zip(rows.tolist(), needed.tolist(), strict=True):
+            self.pool.release(table.page_table[row, keep : table.num_pages[row]])
+            table.num_pages[row] = min(keep, table.num_pages[row])
 
     def check(self, running: Int32Array) -> None:
         """Raises AssertionError unless the running rows own exactly the pages that their tokens need, and no others."""

@@ -5,6 +5,11 @@ each step lets the second catch up with the first under one budget, `max_num_bat
 that is one behind; a chunked prefill is one that gets less than it is behind; preemption sets the second number to 0, and a
 beginning that is in the cache starts it higher.
 
+A scheduled step counts as done at once, with tokens that are not known yet (UNKNOWN_TOKEN), so that the next can be
+scheduled while it runs. `update` fills the tokens in; `rollback` takes back what failed. A request that ends by a stop
+token is in one step more by then; what that draws is dropped. What can't be decided without the tokens waits for them:
+who is preempted, and requests whose drawing looks back at their output.
+
 Order is first come, first served, within one priority. When pages run out the last running request in that order is
 preempted, back into the queue; the first can always go on (a request that could not have the whole pool is refused by
 `add`), so every request ends that nothing more urgent keeps coming before.
@@ -15,12 +20,16 @@ over what is rare: requests that start, end or are preempted, and the outputs.
 
 import heapq
 import itertools
+from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
 from simple_flashinfer.core.kv_cache import KVCacheManager
 from simple_flashinfer.core.request import NO_ROW, Request
 from simple_flashinfer.types import (
+    UNKNOWN_TOKEN,
+    BoolArray,
     EngineOutput,
     EngineRequest,
     EngineStats,
@@ -32,7 +41,8 @@ from simple_flashinfer.types import (
     TokenLogprobs,
 )
 
-_NO_TOKEN = -1
+_NO_TOKEN = -2  # neither a token nor an unknown one
+_NOBODY = -1
 _PROMPT_LOGPROBS_CHUNK = 256  # tokens a step, of a request that wants a whole vocabulary of logits for each
 
 
@@ -59,6 +69,9 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._by_row: list[Request | None] = [None] * max_num_seqs
         self._unannounced: dict[int, Request] = {}  # rows whose request the executor has not been told of
+        self._in_flight: deque[SchedulerOutput] = deque()  # oldest first
+        self._arrival = np.full(max_num_seqs, _NOBODY, np.int64)
+        self._looks_back = np.zeros(max_num_seqs, np.bool_)
         self._max_total_tokens = np.zeros(max_num_seqs, np.int32)
         self._most_per_step = np.zeros(max_num_seqs, np.int32)
         self._stop_token_ids = np.full((max_num_seqs, 4), _NO_TOKEN, np.int32)
@@ -110,11 +123,22 @@ class Scheduler:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def schedule(self, only: str | None = None) -> SchedulerOutput | None:
-        """The next step, or None when there is no request. `only` runs one running request alone."""
+        """The next step, in flight from now on until `update` or `rollback`.
+
+        None when there is nothing to compute, or nothing before an update. `only` runs one running request alone.
+        """
         table = self.table
         if only is None:
-            preempted = self._make_room()
-            rows = self._running
+            # of a request whose last token is on its way nothing is left to compute
+            rows = self._running[table.num_tokens[self._running] < self._max_total_tokens[self._running]]
+            if self._in_flight and self._looks_back[rows].any():
+                return None
+            preempted = False
+            if not self.kv.allocate(rows):
+                if self._in_flight:
+                    return None
+                self._preempt()
+                preempted, rows = True, self._running
         else:
             preempted = False
             rows = np.array([self._requests[only].row], np.int32)
@@ -123,47 +147,53 @@ class Scheduler:
         num_scheduled = np.clip(self.max_num_batched_tokens - before, 0, pending).astype(np.int32)
         num_scheduled = np.minimum(num_scheduled, self._most_per_step[rows])
         if only is None and not preempted:
-            admitted = self._admit(self.max_num_batched_tokens - int(num_scheduled.sum()))
-            if admitted:
-                rows = self._running
+            new_rows, admitted = self._admit(self.max_num_batched_tokens - int(num_scheduled.sum()))
+            if new_rows:
+                rows = np.append(rows, np.array(new_rows, np.int32))
                 num_scheduled = np.append(num_scheduled, np.array(admitted, np.int32))
-        if not len(rows):
-            return None
         # one-token rows first: they take the decode kernel, and the order is otherwise kept
         order = np.argsort(num_scheduled > 1, kind="stable")
         order = order[num_scheduled[order] > 0]
+        if not len(order):
+            return None
         rows, num_scheduled = rows[order], num_scheduled[order]
-        computed = table.num_computed_tokens[rows]
-        return SchedulerOutput(
+        batch = SchedulerOutput(
             rows=rows,
+            arrivals=self._arrival[rows],
             num_scheduled_tokens=num_scheduled,
-            num_computed_tokens=computed,
+            num_computed_tokens=table.num_computed_tokens[rows],
             num_decodes=int((num_scheduled == 1).sum()),
-            samples=computed + num_scheduled == table.num_tokens[rows],
+            samples=table.num_computed_tokens[rows] + num_scheduled == table.num_tokens[rows],
             table=table,
-            new_requests=[(row, self._unannounced[row].spec) for row in rows.tolist() if row in self._unannounced]
+            new_requests=[
+                (row, request.spec) for row in rows.tolist() if (request := self._unannounced.pop(row, None)) is not None
+            ]
             if self._unannounced
             else [],
         )
+        table.num_computed_tokens[rows] += num_scheduled
+        drawing = rows[batch.samples]
+        table.token_ids[drawing, table.num_tokens[drawing]] = UNKNOWN_TOKEN
+        table.num_tokens[drawing] += 1
+        self._in_flight.append(batch)
+        return batch
 
     def update(self, batch: SchedulerOutput, result: ModelOutput) -> list[EngineOutput]:
-        """Takes in what a step computed; finished requests leave."""
-        table = self.table
+        """Takes in what the oldest step in flight computed; finished requests leave."""
+        assert batch is self._in_flight[0]
+        self._in_flight.popleft()
         self._num_steps += 1
-        for row, _ in batch.new_requests:
-            self._unannounced.pop(row, None)
-        table.num_computed_tokens[batch.rows] += batch.num_scheduled_tokens
-        self.kv.seal(batch.rows, self._by_row)
+        if not (here := self._still_there(batch)).all():
+            batch, result = _part(batch, result, here)
+        table = self.table
+        self.kv.seal(batch.rows, batch.ends, self._by_row)
         for row, prompt_logprobs in result.prompt_logprobs.items():
             self._take_prompt_logprobs(row, prompt_logprobs, int(batch.num_computed_tokens[batch.rows == row][0]))
-        rows = batch.rows[batch.samples]
-        tokens = result.token_ids
-        ends = table.num_tokens[rows]
+        rows, ends, tokens = batch.rows[batch.samples], batch.ends[batch.samples], result.token_ids
         first = np.flatnonzero(ends == table.num_prompt_tokens[rows])
         table.token_ids[rows, ends] = tokens
-        table.num_tokens[rows] = ends = ends + 1
         stopped = (self._stop_token_ids[rows] == tokens[:, None]).any(axis=1)
-        done = stopped | (ends >= self._max_total_tokens[rows])
+        done = stopped | (ends + 1 >= self._max_total_tokens[rows])
 
         by_row = self._by_row
         outputs = [
@@ -188,6 +218,24 @@ class Scheduler:
             self._running = self._running[np.isin(self._running, rows[done], invert=True)]
         return outputs
 
+    def rollback(self) -> None:
+        """As if the steps in flight had not been scheduled. What they wrote to pages will be written again."""
+        table = self.table
+        while self._in_flight:
+            batch = self._in_flight.pop()
+            here = self._still_there(batch)
+            table.num_computed_tokens[batch.rows[here]] = batch.num_computed_tokens[here]
+            table.num_tokens[batch.rows[here & batch.samples]] -= 1
+            for row, spec in batch.new_requests:
+                if (request := self._by_row[row]) is not None and request.spec is spec:
+                    self._unannounced[row] = request
+        self.kv.trim(self._running)
+
+    def _still_there(self, batch: SchedulerOutput) -> BoolArray:
+        """bool [R]. Others left while the step was in flight, and their rows may be somebody else's."""
+        here: BoolArray = self._arrival[batch.rows] == batch.arrivals
+        return here
+
     def _take_prompt_logprobs(self, row: int, logprobs: list[TokenLogprobs], start: int) -> None:
         """Of the prompt's tokens from start + 1 on; after a preemption some are there already."""
         request = self._by_row[row]
@@ -196,9 +244,8 @@ class Scheduler:
 
     # -- places ----------------------------------------------------------------------------------------------------
 
-    def _make_room(self) -> bool:
-        """Gives running requests the pages they need, preempting the youngest while there are not enough."""
-        preempted = False
+    def _preempt(self) -> None:
+        """Sends the youngest running requests back to the queue until the others have the pages they need."""
         while not self.kv.allocate(self._running):
             _, request = max((r.order, r) for row in self._running.tolist() if (r := self._by_row[row]) is not None)
             self._running = self._running[self._running != request.row]
@@ -206,11 +253,9 @@ class Scheduler:
             self._vacate(request)
             self._enqueue(request)
             self._num_preemptions += 1
-            preempted = True
-        return preempted
 
-    def _admit(self, budget: int) -> list[int]:
-        """Moves waiting requests into free rows, in order; the tokens that each may compute in this step."""
+    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
+        """Moves waiting requests into free rows, in order; these rows, and the tokens that each may compute in this step."""
         admitted: list[int] = []
         new_rows: list[int] = []
         while self._waiting and self._free_rows and budget > 0:
@@ -234,12 +279,14 @@ class Scheduler:
             budget -= admitted[-1]
         if new_rows:
             self._running = np.append(self._running, np.array(new_rows, np.int32))
-        return admitted
+        return new_rows, admitted
 
     def _occupy(self, request: Request, matched: Int32Array) -> None:
         table, row = self.table, self._free_rows.pop()
         request.row = row
         self._by_row[row] = self._unannounced[row] = request
+        self._arrival[row] = request.arrival
+        self._looks_back[row] = request.spec.looks_back
         num_tokens = len(request.token_ids)
         table.token_ids[row, :num_tokens] = request.token_ids
         table.num_tokens[row] = num_tokens
@@ -261,6 +308,7 @@ class Scheduler:
         row, request.row = request.row, NO_ROW
         self.kv.free(row)
         self._by_row[row] = None
+        self._arrival[row] = _NOBODY
         self._unannounced.pop(row, None)
         self._free_rows.append(row)
 
@@ -278,7 +326,9 @@ class Scheduler:
         )
 
     def ids_of(self, batch: SchedulerOutput) -> list[str]:
-        return [request.id for row in batch.rows.tolist() if (request := self._by_row[row]) is not None]
+        """Of those of its requests that are still there."""
+        rows = batch.rows[self._still_there(batch)]
+        return [request.id for row in rows.tolist() if (request := self._by_row[row]) is not None]
 
     def check(self) -> None:
         """Raises AssertionError when rows, requests and pages do not agree. For tests, and when idle in debug mode."""
@@ -289,4 +339,23 @@ class Scheduler:
         assert sorted([*occupied, *self._free_rows]) == list(range(len(self._by_row)))
         assert len(self._requests) == len(running) + len(self._waiting)
         assert (table.num_computed_tokens[running] < table.num_tokens[running]).all()
-        assert (table.num_tokens[running] < self._max_total_tokens[running]).all()
+        assert (table.num_tokens[running] < self._max_total_tokens[running] + bool(self._in_flight)).all()
+
+
+def _part(batch: SchedulerOutput, result: ModelOutput, here: BoolArray) -> tuple[SchedulerOutput, ModelOutput]:
+    """What concerns some of a step's requests; `here`: bool [R], which."""
+    drawn = np.flatnonzero(here[batch.samples])
+    rows = set(batch.rows[here].tolist())
+    return replace(
+        batch,
+        rows=batch.rows[here],
+        arrivals=batch.arrivals[here],
+        num_scheduled_tokens=batch.num_scheduled_tokens[here],
+        num_computed_tokens=batch.num_computed_tokens[here],
+        num_decodes=int(here[: batch.num_decodes].sum()),
+        samples=batch.samples[here],
+    ), ModelOutput(
+        result.token_ids[drawn],
+        {new: result.logprobs[old] for new, old in enumerate(drawn.tolist()) if old in result.logprobs},
+        {row: logprobs for row, logprobs in result.prompt_logprobs.items() if row in rows},
+    )

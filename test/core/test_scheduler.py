@@ -15,10 +15,12 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(1, 20),
         page_size=st.integers(1, 5),
         spare_pages=st.integers(0, 20),
+        overlap=st.booleans(),
     )
-    def start(self, max_num_seqs, budget, page_size, spare_pages):
+    def start(self, max_num_seqs, budget, page_size, spare_pages, overlap):
         self.max_model_len = 24
         self.core = make_engine(
+            overlap=overlap,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=self.max_model_len,
@@ -38,10 +40,11 @@ class EngineMachine(RuleBasedStateMachine):
         ),
         max_tokens=st.integers(1, 24),
         stop=st.lists(st.integers(0, VOCABULARY - 1), max_size=6),
+        looks_back=st.sampled_from([False, False, False, True]),
     )
-    def add(self, prompt, max_tokens, stop):
+    def add(self, prompt, max_tokens, stop, looks_back):
         max_tokens = min(max_tokens, self.max_model_len - len(prompt))
-        request = make_request(str(len(self.requests)), prompt, max_tokens, stop)
+        request = make_request(str(len(self.requests)), prompt, max_tokens, stop, looks_back)
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = []
         self.core.apply([Add(request)])
@@ -57,6 +60,11 @@ class EngineMachine(RuleBasedStateMachine):
     def steps(self, count):
         for _ in range(count):
             self.step()
+
+    @rule()
+    def fail(self):
+        """One step, which does not happen for a single request: that one is to blame."""
+        self.core.executor.fail_soon = self.core.scheduler.stats().num_running > 1
 
     def step(self):
         reasons = {}
