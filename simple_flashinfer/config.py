@@ -29,6 +29,15 @@ def parse_bool(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+def parse_auto_bool(text: str) -> bool | None:
+    if text.strip().lower() in ("auto", ""):
+        return None
+    try:
+        return parse_bool(text)
+    except ValueError:
+        raise ValueError("must be true, false or auto") from None
+
+
 def parse_bytes(text: str) -> int | None:
     """`4GiB`, `4g`, `512M`, `1.5GB` or a plain number of bytes; `auto` is None. GB means 10^9, GiB and G mean 2^30."""
     if text.strip().lower() in ("auto", ""):
@@ -205,7 +214,14 @@ class Config:
         "default", _choice("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), "speed",
         "mode of torch.compile",
     )  # fmt: skip
-    cuda_graph: bool = _setting(False, parse_bool, "speed", "replay decode steps as CUDA graphs (cuda only)")
+    cuda_graph: bool | None = _setting(
+        None, parse_auto_bool, "speed",
+        "replay decode steps as CUDA graphs; auto does so on cuda with flashinfer, unless torch_compile records its own",
+    )  # fmt: skip
+    overlap: bool | None = _setting(
+        None, parse_auto_bool, "speed",
+        "prepare the next step while one runs, and take its tokens in afterwards; auto does so on cuda",
+    )  # fmt: skip
 
     compare_sdpa_prefill: bool = _setting(
         False, parse_bool, "inspection", "log per layer how far prefill attention is from float32 torch attention"
@@ -308,7 +324,7 @@ def _parser(kind: type[Config]) -> _Parser:
     for f in fields(kind):
         if f.name in kind.LEFT_OUT:
             continue
-        is_bool = isinstance(f.default, bool)
+        is_bool = f.metadata["parse"] in (parse_bool, parse_auto_bool)
         shown = f.metadata["show"] or _to_text(f.default).lower()
         help_text = f"{f.metadata['help']} (default: {shown}, env: {f.name.upper()})".replace("%", "%%")
         options: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}

@@ -6,7 +6,7 @@ Sizes in the comments: R scheduled requests, T scheduled tokens, S sampled token
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -251,6 +251,11 @@ class ModelOutput:
     token_ids: Int32Array
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class StepResult(Protocol):
+    def result(self) -> ModelOutput:
+        """Waits for it, and may raise what went wrong: EngineDeadError when nothing more can be run."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ def test_defaults_of_the_documented_interface():
     config = load_config([], {})
     assert (config.host, config.port, config.microsleep, config.max_sequence) == ("0.0.0.0", 7088, 1e-4, 128)
     assert (config.memory_utilization, config.compare_sdpa_prefill, config.torch_dtype) == (0.9, False, "auto")
-    assert (config.torch_compile, config.torch_compile_mode, config.cuda_graph) == (False, "default", False)
+    assert (config.torch_compile, config.torch_compile_mode, config.cuda_graph) == (False, "default", None)
 
 
 def test_the_documented_start():
@@ -73,7 +73,8 @@ def test_dashes_underscores_and_bare_booleans(argv):
         (["--cors_origins", "a.example"], {}, ["--cors_origins", "https://example.org"]),
         ([], {"MAX_SEQUENCE": "0"}, ["environment variable MAX_SEQUENCE", "from 1"]),
         (["--torch_dtype", "int4"], {}, ["--torch_dtype", "bfloat16", "int4"]),
-        (["--cuda_graph", "perhaps"], {}, ["--cuda_graph", "true or false"]),
+        (["--cuda_graph", "perhaps"], {}, ["--cuda_graph", "true, false or auto"]),
+        (["--torch_compile", "perhaps"], {}, ["--torch_compile", "true or false"]),
         (["--memory_utilization", "nan"], {}, ["--memory_utilization"]),
         (["--kv_cache_memory", "lots"], {}, ["--kv_cache_memory", "4GiB"]),
         (["--kv_cache_memory", "9" * 400], {}, ["--kv_cache_memory"]),

@@ -28,12 +28,14 @@ def bench(argv: Sequence[str]) -> None:
     from simple_flashinfer.model.runner import ModelRunner
 
     device = resolve_device(config)
+    if config.overlap and device.type == "cpu":
+        raise ConfigError("--overlap true: on the cpu the parts of a step are timed one after the other; leave it out")
     bandwidth = measure_bandwidth(device)
     core, info = build_engine(config, resolve_model(config))
     assert isinstance(core.executor, ModelRunner)
     model, backend = core.executor.model, core.executor.backend
     costs = CostModel(model, list(backend.layers.values()), backend.dtype)
-    workload = Workload(config, core, info, StepWatch(core, costs, device))
+    workload = Workload(config, core, info, StepWatch(core, costs))
     machine = describe(device, next(model.parameters()).dtype, bandwidth)
 
     results = []

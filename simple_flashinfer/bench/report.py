@@ -14,6 +14,7 @@ _REST = {
     "inputs": "the preparation of inputs",
     "forward": "the forward pass beyond the limit",
     "sampling": "sampling",
+    "waiting": "the device's work beyond the limit",
     "outputs": "the taking in of outputs",
 }
 
@@ -143,7 +144,8 @@ def what_holds_back(result: Result) -> str:
     """One sentence or two on the decode steps."""
     decode = result.decode
     beyond = dict(decode.seconds_by_part)
-    beyond["forward"] -= decode.limit_seconds
+    model_runs_in = "waiting" if beyond["waiting"] > beyond["forward"] else "forward"  # on a device, or on this processor
+    beyond[model_runs_in] -= decode.limit_seconds
     rest = decode.seconds - decode.limit_seconds
     worst = max(beyond, key=lambda part: beyond[part])
     text = f"Decode at {_plural(result.batch_size)}: {_percent(decode.share_of_limit)} of what {decode.bound_by} allows."

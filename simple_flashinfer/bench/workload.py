@@ -1,25 +1,27 @@
 """Runs requests through the engine and watches its steps from outside."""
 
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from simple_flashinfer.bench.cost import Cost, CostModel
 from simple_flashinfer.config import BenchConfig, ConfigError
 from simple_flashinfer.core.engine import EngineCore
 from simple_flashinfer.engine.requests import RequestFactory
-from simple_flashinfer.types import Add, EngineInfo, SamplingParams
+from simple_flashinfer.types import Add, EngineInfo, EngineOutput, ModelOutput, SamplingParams, SchedulerOutput
 
-PARTS = ("scheduler", "inputs", "forward", "sampling", "outputs")
+PARTS = ("scheduler", "inputs", "forward", "sampling", "waiting", "outputs")
 
 
 @dataclass(slots=True)
 class Step:
-    """seconds: by part. inputs: the arrays of the batch and the attention plan; sampling: until tokens are on the host."""
+    """seconds: of the host, by part. inputs: the arrays of the batch and the attention plan; forward, sampling: until these
+    are done, or queued for a device; waiting: for that device.
+    """
 
     num_requests: int
     prompt_tokens: int
@@ -30,51 +32,60 @@ class Step:
 class StepWatch:
     """Takes steps of an engine, and times their parts by standing around its own methods.
 
-    On CUDA the forward pass is timed by events on its stream, so nothing waits for the device that would not do so anyway.
+    Where steps overlap, the parts are of one step and the waiting is for the one before: on the whole it comes to the same.
     """
 
-    def __init__(self, core: EngineCore, costs: CostModel, device: torch.device) -> None:
+    def __init__(self, core: EngineCore, costs: CostModel) -> None:
         self._core = core
         self._costs = costs
-        self._events = tuple(_event() for _ in range(2)) if device.type == "cuda" else None
         self._began: dict[str, float] = {}
-        self._took: dict[str, float] = {}
-        self._results: dict[str, Any] = {}
+        self._took: defaultdict[str, float] = defaultdict(float)
+        self._done: list[SchedulerOutput] = []  # at most one
         runner: Any = core.executor
+        core_: Any = core
         self._stand_around(core.scheduler, "schedule")
-        self._stand_around(runner, "execute")
+        self._stand_around(runner, "execute", then=lambda running: self._stand_around(running, "result", "waiting"))
         self._stand_around(runner, "_logits", "forward")
         if runner._graphs is not None:
             self._stand_around(runner._graphs, "run", "forward")
+        update = core.scheduler.update
 
-    def _stand_around(self, owner: Any, method: str, name: str | None = None) -> None:
+        def see(batch: SchedulerOutput, result: ModelOutput) -> list[EngineOutput]:
+            self._done.append(batch)
+            return update(batch, result)
+
+        def fail(batch: SchedulerOutput, error: Exception) -> None:
+            raise ConfigError(f"the engine failed in a step of {len(batch.rows)} requests: {error}")
+
+        core_.scheduler.update, core_._on_failure = see, fail
+
+    def _stand_around(
+        self, owner: Any, method: str, name: str | None = None, then: Callable[[Any], None] = lambda result: None
+    ) -> None:
         original, part = getattr(owner, method), name or method
-        events = self._events if part == "forward" else None
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if events:
-                events[0].record()
             self._began[part] = start = time.perf_counter()
-            result = self._results[part] = original(*args, **kwargs)
-            self._took[part] = time.perf_counter() - start
-            if events:
-                events[1].record()
+            result = original(*args, **kwargs)
+            self._took[part] += time.perf_counter() - start
+            then(result)
             return result
 
         setattr(owner, method, timed)
 
     def step(self) -> tuple[Step, int]:
-        """The step, and how many tokens it brought. Raises ConfigError when it failed."""
-        start = time.perf_counter()
-        outputs = self._core.step()
-        total = time.perf_counter() - start
-        took, batch = self._took, self._results["schedule"]
-        assert outputs is not None
-        if error := self._results["execute"].exception():
-            raise ConfigError(f"the engine failed in a step of {len(batch.rows)} requests: {error}")
-        if self._events:
-            took["forward"] = self._events[0].elapsed_time(self._events[1]) / 1e3
-        inputs = self._began["forward"] - self._began["execute"]
+        """The step that was taken in, and how many tokens it brought. Raises ConfigError when it failed."""
+        took, tokens, total = self._took, 0, 0.0
+        took.clear()
+        while not self._done:  # nothing is taken in when the first of overlapping steps is handed over
+            start = time.perf_counter()
+            outputs = self._core.step()
+            total += time.perf_counter() - start
+            assert outputs is not None
+            tokens += sum(len(output.token_ids) for output in outputs.outputs)
+            if "execute" in took:
+                took["inputs"] += self._began["forward"] - self._began.pop("execute", self._began["forward"])
+        batch = self._done.pop()
         prompt_left = np.clip(batch.table.num_prompt_tokens[batch.rows] - batch.num_computed_tokens, 0, None)
         step = Step(
             num_requests=len(batch.rows),
@@ -82,17 +93,14 @@ class StepWatch:
             cost=self._costs.step(batch),
             seconds={
                 "scheduler": took["schedule"],
-                "inputs": inputs,
+                "inputs": took["inputs"],
                 "forward": took["forward"],
-                "sampling": took["execute"] - inputs - took["forward"],
-                "outputs": total - took["schedule"] - took["execute"],
+                "sampling": took["execute"] - took["inputs"] - took["forward"],
+                "waiting": took["waiting"],
+                "outputs": total - took["schedule"] - took["execute"] - took["waiting"],
             },
         )
-        return step, sum(len(output.token_ids) for output in outputs.outputs)
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        return step, tokens
 
 
 class Workload:

@@ -26,19 +26,14 @@ from simple_flashinfer.types import (
     EngineOutput,
     EngineRequest,
     FinishReason,
-    ModelOutput,
     RequestFailedError,
     SchedulerOutput,
     StepOutputs,
+    StepResult,
     Stop,
 )
 
 logger = logging.getLogger(__name__)
-
-
-class StepResult(Protocol):
-    def result(self) -> ModelOutput:
-        """Waits for it, and may raise what went wrong: EngineDeadError when nothing more can be run."""
 
 
 class Executor(Protocol):

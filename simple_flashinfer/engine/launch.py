@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,19 +70,32 @@ class _Phases:
 def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     """Loads the model, measures it, and sizes the KV cache. Raises ConfigError in a sentence when it can't be done."""
     phases = _Phases()
+    from simple_flashinfer.model.loader import resolve_device
+
+    device = resolve_device(config)
+    if not config.overlap or device.type != "cpu":  # CUDA needs no thread to go on while the host does something else
+        return _build_engine(config, path, device, None, phases)
+    # whatever runs on the model does so in one thread, from the beginning: OpenMP has a pool for each that calls it
+    worker = ThreadPoolExecutor(1, "model")
+    return worker.submit(_build_engine, config, path, device, worker, phases).result()
+
+
+def _build_engine(
+    config: Config, path: str, device: "torch.device", worker: ThreadPoolExecutor | None, phases: _Phases
+) -> tuple[EngineCore, EngineInfo]:
     import torch
 
     from simple_flashinfer.attention import UnsupportedLayerError
     from simple_flashinfer.model.fuse import fuse
     from simple_flashinfer.model.fused_layers import fuse_layers
     from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
-    from simple_flashinfer.model.loader import load_model, resolve_device
+    from simple_flashinfer.model.loader import load_model
     from simple_flashinfer.model.runner import ModelRunner
     from simple_flashinfer.model.threads import num_threads
 
     phases.end("import")
-    device = resolve_device(config)
-    _check_graphs(config, device)
+    cuda_graph = _uses_graphs(config, device)
+    overlap = device.type == "cuda" if config.overlap is None else config.overlap
     _check_quantization(config, device)
     try:
         loaded = load_model(path, config, device)
@@ -97,7 +110,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
             if kernels:
                 fuse_layers(loaded.model, model_dtype, kernels, loaded.max_model_len)
             phases.end("fuse")
-        runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
+        runner = ModelRunner(loaded, device, config.max_sequence, overlap, worker, config.torch_profiling)
         layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
         name, dtype = _attention(config, device, model_dtype, layers)
         bytes_per_page = page_bytes(layers, config.page_size, dtype)
@@ -107,7 +120,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         raise ConfigError(f"--model {config.model}: {error}") from error
     if config.torch_compile:
         runner.compile(config.torch_compile_mode)
-    if config.cuda_graph:
+    if cuda_graph:
         runner.use_cuda_graphs(config.max_sequence)
     scheduler = Scheduler(
         max_num_seqs=config.max_sequence,
@@ -143,7 +156,7 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
         num_pages=num_pages,
         eos_token_ids=loaded.eos_token_ids,
     )
-    return EngineCore(scheduler, runner, check_when_idle=config.loglevel == "debug"), info
+    return EngineCore(scheduler, runner, overlap, check_when_idle=config.loglevel == "debug"), info
 
 
 def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CpuKernels | None":
@@ -172,18 +185,21 @@ def _keep_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
 
 
-def _check_graphs(config: Config, device: "torch.device") -> None:
-    if not config.cuda_graph:
-        return
-    if device.type != "cuda":
+def _uses_graphs(config: Config, device: "torch.device") -> bool:
+    """Raises ConfigError where they were asked for and can't be."""
+    records = config.torch_compile and config.torch_compile_mode in ("reduce-overhead", "max-autotune")
+    if config.cuda_graph is None:
+        return device.type == "cuda" and config.attention_backend not in ("cpu", "sdpa") and not records
+    if config.cuda_graph and device.type != "cuda":
         raise ConfigError("--cuda_graph needs a CUDA device, and the model runs on cpu")
-    if config.attention_backend in ("cpu", "sdpa"):
+    if config.cuda_graph and config.attention_backend in ("cpu", "sdpa"):
         raise ConfigError("--cuda_graph needs --attention_backend flashinfer: torch's attention can't be recorded")
-    if config.torch_compile and config.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+    if config.cuda_graph and records:
         raise ConfigError(
             f"--cuda_graph and --torch_compile_mode {config.torch_compile_mode} both record CUDA graphs; "
             "use --torch_compile_mode default, or max-autotune-no-cudagraphs"
         )
+    return config.cuda_graph
 
 
 def _check_quantization(config: Config, device: "torch.device") -> None:

@@ -2,14 +2,16 @@
 
 A graph is a recording for one batch size, so sizes are few (1, 2, 4, then multiples of 8) and a batch is filled up to the
 next one: the padding rows compute a token nobody reads and write into a page of their own. A graph is captured when its size
-first comes up. What changes from step to step (tokens, positions, page table) stands in buffers that the graph reads;
-the attention backend's own are filled by `plan_graph`, which runs on the host before each replay.
+first comes up. What changes from step to step (tokens, positions, rows, page table) stands in buffers that the graph reads;
+the attention backend's own are filled by `plan_graph`, which runs on the host before each replay. Tokens that the step
+before drew, and that the host does not know yet, are taken from where it left them, inside the graph.
 """
 
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from simple_flashinfer.attention import AttentionBackend, AttentionMetadata
@@ -17,8 +19,9 @@ from simple_flashinfer.types import Int32Array
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Replay = Callable[[], torch.Tensor]
+Outputs = tuple[torch.Tensor, torch.Tensor]
+Decode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
+Replay = Callable[[], Outputs]
 
 
 class CudaCapture:
@@ -27,7 +30,7 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, function: Callable[[], torch.Tensor]) -> Replay:
+    def __call__(self, function: Callable[[], Outputs]) -> Replay:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -38,7 +41,7 @@ class CudaCapture:
             output = function()
         self._pool = graph.pool()
 
-        def replay() -> torch.Tensor:
+        def replay() -> Outputs:
             graph.replay()
             return output
 
@@ -46,40 +49,42 @@ class CudaCapture:
 
 
 class DecodeGraphs:
-    """`forward` maps token ids, positions and rows to keep, int64 [B] each, to logits [B, V]."""
+    """`decode` maps token ids, positions and rows, int64 [B] each, to logits [B, V] and tokens [B]."""
 
     def __init__(
         self,
         backend: AttentionBackend,
-        forward: Forward,
+        decode: Decode,
         max_num_seqs: int,
         device: torch.device,
-        capture: Callable[[Callable[[], torch.Tensor]], Replay] | None = None,
+        capture: Callable[[Callable[[], Outputs]], Replay] | None = None,
     ) -> None:
         self._backend = backend
-        self._forward = forward
+        self._decode = decode
         self._capture = capture or CudaCapture()
         self._replays: dict[int, Replay] = {}
-        largest = self.size_of(max_num_seqs)
-        self._ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._rows = torch.arange(largest, device=device)
+        # token id, position and row of each; padding rows are at max_num_seqs, where no request is
+        self._padding = torch.tensor([0, 0, max_num_seqs])
+        self._inputs = torch.zeros(self.size_of(max_num_seqs), 3, dtype=torch.int64, device=device)
 
     @staticmethod
     def size_of(num_requests: int) -> int:
         """The batch size whose graph serves so many requests."""
         return next((size for size in (1, 2, 4) if num_requests <= size), -(-num_requests // 8) * 8)
 
-    def run(self, metadata: AttentionMetadata, token_ids: Int32Array) -> torch.Tensor:
-        """One token of each of R requests, int32 [R] -> logits [R, V]; valid until the next run."""
+    def run(self, metadata: AttentionMetadata, token_ids: Int32Array, rows: Int32Array) -> Outputs:
+        """One token each: token_ids, rows int32 [R] -> logits [R, V] and tokens [R], which are valid until the next run."""
         count = len(token_ids)
         size = self.size_of(count)
         self._backend.plan_graph(metadata, size)
-        # padding rows keep whatever token and position an earlier batch left there
-        self._ids[:count].copy_(torch.from_numpy(token_ids))
-        self._positions[:count].copy_(torch.from_numpy(metadata.positions))
         if size not in self._replays:
             logger.debug("Capturing a CUDA graph for %d requests.", size)
-            ids, positions, rows = self._ids[:size], self._positions[:size], self._rows[:size]
-            self._replays[size] = self._capture(lambda: self._forward(ids, positions, rows))
-        return self._replays[size]()[:count]
+            # only padding meanwhile: capturing runs the step, and must not leave tokens behind as drawn
+            self._inputs.copy_(self._padding)
+            ids, positions, of_rows = self._inputs[:size].unbind(1)
+            self._replays[size] = self._capture(lambda: self._decode(ids, positions, of_rows))
+        inputs = self._padding.repeat(size, 1)
+        inputs[:count] = torch.from_numpy(np.stack([token_ids, metadata.positions, rows], axis=1))
+        self._inputs[:size].copy_(inputs, non_blocking=True)
+        logits, tokens = self._replays[size]()
+        return logits[:count], tokens[:count]

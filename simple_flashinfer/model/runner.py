@@ -1,28 +1,35 @@
-"""The executor: one forward pass and one draw for each step."""
+"""The executor: one forward pass and one draw for each step.
+
+On CUDA `execute` only queues work: the host waits for the device in the step's `result`, and nowhere else. On the CPU a step
+runs at once, or in a thread of its own when steps overlap. Drawn tokens stay on the device as well (`_drawn`), from where
+the next step takes those that the host does not know yet.
+"""
 
 import inspect
 import logging
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor as Worker
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from simple_flashinfer.attention import AttentionBackend, AttentionLayer, AttentionMetadata, UnsupportedLayerError
+from simple_flashinfer.attention import AttentionBackend, AttentionLayer, UnsupportedLayerError
 from simple_flashinfer.model.attention_hook import AttentionHook
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
-from simple_flashinfer.model.input_batch import InputBatch, device_tensor, token_ids
+from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
-from simple_flashinfer.sampling import gather_logprobs, sample
-from simple_flashinfer.sampling.grammar import Grammars, GrammarState, apply_bitmask
+from simple_flashinfer.sampling import gather_logprobs, likeliest, sample
+from simple_flashinfer.sampling.grammar import Grammars, GrammarState, Masks, apply_bitmask
 from simple_flashinfer.types import (
     EngineDeadError,
     EngineRequest,
-    Int32Array,
     ModelOutput,
     RequestFailedError,
     SchedulerOutput,
+    StepResult,
     TokenLogprobs,
 )
 
@@ -30,9 +37,19 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Implements core's Executor in the calling thread. `trace_layers`, then `use_backend`, then `execute`."""
+    """Implements core's Executor. `trace_layers`, then `use_backend`, then `execute`."""
 
-    def __init__(self, loaded: LoadedModel, device: torch.device, max_num_seqs: int, profile: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: torch.device,
+        max_num_seqs: int,
+        overlap: bool = False,
+        worker: Worker | None = None,
+        profile: bool = False,
+    ) -> None:
+        """overlap: a step may come before the result of the one before was asked for. worker: the thread that runs steps,
+        None for the one that calls."""
         accepted = inspect.signature(type(loaded.model).forward).parameters
         for name in ("position_ids", "logits_to_keep"):
             if name not in accepted:
@@ -46,8 +63,12 @@ class ModelRunner:
         self._forward: Any = loaded.model
         self._hook = AttentionHook(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        self._inputs = InputBatch(max_num_seqs)
         self._grammars = Grammars(loaded.grammar_vocabulary)
+        self._inputs = InputBatch(max_num_seqs, self._grammars.start)
+        self._overlap = overlap
+        self._worker = worker
+        # the token that each row drew last; one place more for the padding rows of graphs
+        self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._profiler = StepProfiler(enabled=profile)
 
     # -- setting up ------------------------------------------------------------------------------------------------
@@ -64,7 +85,7 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         num_logits = min(num_logits, num_tokens)
         with torch.inference_mode():
-            zeros = np.zeros(num_tokens, np.int32)
+            zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
             positions = np.arange(num_tokens, dtype=np.int32) % self._max_model_len
             logits = self._logits(zeros, positions, np.arange(num_logits))
             torch.softmax(logits.float(), dim=-1).cumsum(-1, dtype=torch.float64)  # what sampling takes at its worst
@@ -76,8 +97,7 @@ class ModelRunner:
 
     def use_cuda_graphs(self, max_num_seqs: int) -> None:
         """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""
-        assert self._hook.backend is not None
-        self._graphs = DecodeGraphs(self._hook.backend, self._model_logits, max_num_seqs, self.device)
+        self._graphs = DecodeGraphs(self.backend, self._decode, max_num_seqs, self.device)
 
     def compile(self, mode: str) -> None:
         """Compiles the forward pass; attention stays one opaque operator. Batch sizes are dynamic, so recompiles are few."""
@@ -95,97 +115,124 @@ class ModelRunner:
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
-    def execute(self, batch: SchedulerOutput) -> Future[ModelOutput]:
-        future: Future[ModelOutput] = Future()
-        try:
-            with torch.inference_mode(), self._profiler.step():
-                output = self._execute(batch)
-            future.set_result(output)
-        except torch.AcceleratorError as error:  # the CUDA context is lost: every later call would fail as well
-            future.set_exception(EngineDeadError(str(error)))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def execute(self, batch: SchedulerOutput) -> StepResult:
+        inputs = self._inputs.prepare(batch)
+        masks = self._grammars.masks(list(inputs.grammars.values()))  # made while the model runs
+        if self._worker is not None:
+            return self._worker.submit(lambda: self._launch(inputs, masks).result())
+        return self._launch(inputs, masks)
 
-    def _execute(self, batch: SchedulerOutput) -> ModelOutput:
-        self._inputs.start(batch.new_requests, self._grammars.start)
-        constrained = self._inputs.grammars(batch)
-        masks = self._grammars.masks(list(constrained.values()))  # made while the model runs
-        metadata = AttentionMetadata.of(batch)
-        ids = token_ids(batch, metadata.batch_indices, metadata.positions)
-        in_prompts = self._inputs.prompt_logprobs(batch)
-        prompt_logits: torch.Tensor | None = None
-        if self._graphs is not None and bool(batch.samples.all()) and metadata.num_decodes == len(batch.rows):
-            logits = self._graphs.run(metadata, ids)
-        else:
-            assert self._hook.backend is not None
-            self._hook.backend.plan(metadata)
-            last_tokens = metadata.qo_indptr[1:][batch.samples] - 1
-            if in_prompts:  # computed in the same pass, behind the logits to draw from
-                inside = np.concatenate([np.arange(start, start + count) for _, start, count, _ in in_prompts])
-                both = self._logits(ids, metadata.positions, np.concatenate([last_tokens, inside]))
-                logits, prompt_logits = both[: len(last_tokens)], both[len(last_tokens) :]
-            else:
-                logits = self._logits(ids, metadata.positions, last_tokens)
-        prompt_logprobs = {} if prompt_logits is None else _prompt_logprobs(batch, prompt_logits, in_prompts)
-        if not len(logits):
-            # nothing is read back in this step, so nothing waits for the device: the next plan would overwrite the pinned
-            # buffer of this one before it was copied
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
-            return ModelOutput(np.empty(0, np.int32), prompt_logprobs=prompt_logprobs)
-        sampled_rows = batch.rows[batch.samples]
-        finite = logits
-        if constrained:
-            words = [mask for future in masks for mask in future.result()]
-            for at, (state, _) in constrained.items():
-                if state.error is not None:
-                    raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[at])], state.error)
-            logits = apply_bitmask(logits, list(constrained), words)
-        tokens = sample(logits, self._inputs.sampling(batch))
-        drawn = tokens.cpu().numpy().astype(np.int32)
-        if (drawn < 0).any():
-            failed = int(np.flatnonzero(drawn < 0)[0])
-            # reading the row again costs nothing that matters: the request ends here
-            reason = (
-                "all tokens are forbidden by what the request asks"
-                if bool(torch.isfinite(finite[failed]).any())
-                else "the model's logits are not finite"
-            )
-            raise RequestFailedError(self._inputs.request_ids[int(sampled_rows[failed])], reason)
-        asked = self._inputs.num_logprobs(batch)
-        logprobs = {}
-        if asked:
-            index = torch.tensor(list(asked), device=logits.device)
-            logprobs = dict(zip(asked, gather_logprobs(finite[index], tokens[index], list(asked.values())), strict=True))
-        return ModelOutput(drawn, logprobs, prompt_logprobs)
+    def _launch(self, inputs: StepInputs, masks: Masks) -> "_Running":
+        with _lost_device(), torch.inference_mode(), self._profiler.step():
+            logits, prompt_logits, tokens = self._run_model(inputs)
+            prompt_logprobs = _of_prompts(inputs.prompt_logprobs, prompt_logits)
+            allowed = logits
+            if inputs.grammars:
+                words = [mask for future in masks for mask in future.result()]
+                for at, (state, _) in inputs.grammars.items():
+                    if state.error is not None:
+                        raise RequestFailedError(inputs.request_ids[at], state.error)
+                allowed = apply_bitmask(logits, list(inputs.grammars), words)
+            if tokens is None or inputs.grammars or not inputs.sampling.is_greedy:
+                tokens = sample(allowed, inputs.sampling)
+                if self._overlap:
+                    self._drawn[self._on_device(inputs.sampled_rows)] = tokens.clamp_min(0)
+            logprobs: Callable[[], dict[int, TokenLogprobs]] = dict
+            if asked := inputs.num_logprobs:
+                index = self._on_device(np.array(list(asked)))
+                listed = gather_logprobs(logits[index], tokens[index], list(asked.values()))
+                logprobs = lambda: dict(zip(asked, listed(), strict=True))  # noqa: E731
+            tokens = tokens.to("cpu", non_blocking=True)
+            done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
-    def _logits(self, ids: Int32Array, positions: Int32Array, rows: np.ndarray) -> torch.Tensor:
-        """ids, positions int32 [T], rows [S] indices into them -> logits [S, vocab_size]"""
-        return self._model_logits(*(device_tensor(array, self.device) for array in (ids, positions, rows)))
+        def collect() -> ModelOutput:
+            if done is not None:
+                done.synchronize()
+            drawn = tokens.numpy().astype(np.int32)
+            if (drawn < 0).any():
+                failed = int(np.flatnonzero(drawn < 0)[0])
+                # of a graph these may be the next step's by now, which tell the same
+                finite = bool(torch.isfinite(logits[failed]).any())
+                reason = (
+                    "all tokens are forbidden by what the request asks" if finite else "the model's logits are not finite"
+                )
+                raise RequestFailedError(inputs.request_ids[failed], reason)
+            return ModelOutput(drawn, logprobs(), {row: listed() for row, listed in prompt_logprobs.items()})
+
+        return _Running(collect)
+
+    def _run_model(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Logits to draw from [S, V], those asked of prompts [P, V], the likeliest tokens [S] if they are there already."""
+        metadata = inputs.metadata
+        if self._graphs is not None and inputs.only_decodes:
+            logits, tokens = self._graphs.run(metadata, inputs.token_ids, inputs.rows)
+            return logits, logits[:0], tokens
+        self.backend.plan(metadata)
+        ids = self._on_device(inputs.token_ids)
+        if inputs.has_unknown_tokens:
+            ids = torch.where(ids < 0, self._drawn[self._on_device(inputs.rows[metadata.batch_indices])], ids)
+        # those of prompts in the same pass, behind those to draw from
+        inside = [np.arange(asked.start, asked.start + len(asked.targets)) for asked in inputs.prompt_logprobs]
+        logits = self._logits(ids, metadata.positions, np.concatenate([inputs.last_tokens, *inside]))
+        count = len(inputs.last_tokens)
+        return logits[:count], logits[count:], None
+
+    def _logits(self, ids: torch.Tensor, positions: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """ids, positions [T], rows [S] indices into them -> logits [S, vocab_size]"""
+        return self._model_logits(ids, self._on_device(positions), self._on_device(rows))
 
     def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         return output.logits[0]  # type: ignore[no-any-return]
 
+    def _decode(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decode step from tokens to tokens, to be captured: int64 [B] each -> logits [B, V], the likeliest tokens [B]."""
+        ids = torch.where(ids < 0, self._drawn[rows], ids)
+        logits = self._model_logits(ids, positions, torch.arange(len(ids), device=self.device))
+        tokens = likeliest(logits)
+        self._drawn[rows] = tokens.clamp_min(0)
+        return logits, tokens
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        """int64, as embeddings and indexing want it."""
+        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
+
     def prepare(self, request: EngineRequest) -> GrammarState:
         return self._grammars.start(request.params.grammar)
 
     def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
         self._grammars.shutdown()
         self._profiler.close()
 
 
-def _prompt_logprobs(
-    batch: SchedulerOutput, logits: torch.Tensor, asked: list[tuple[int, int, int, int]]
-) -> dict[int, list[TokenLogprobs]]:
-    """By row. logits: those of all rows that asked, one after the other."""
-    computed = dict(zip(batch.rows.tolist(), batch.num_computed_tokens.tolist(), strict=True))
-    found: dict[int, list[TokenLogprobs]] = {}
-    offset = 0
-    for row, _, count, num_top in asked:
-        following = batch.table.token_ids[row, computed[row] + 1 : computed[row] + 1 + count]
-        targets = torch.from_numpy(following.astype(np.int64)).to(logits.device)
-        found[row] = gather_logprobs(logits[offset : offset + count], targets, [num_top] * count)
+class _Running:
+    """A step whose work is queued."""
+
+    def __init__(self, collect: Callable[[], ModelOutput]) -> None:
+        self._collect = collect
+
+    def result(self) -> ModelOutput:
+        with _lost_device():
+            return self._collect()
+
+
+@contextmanager
+def _lost_device() -> Iterator[None]:
+    """After such an error the CUDA context is lost: every later call would fail as well."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EngineDeadError(str(error)) from error
+
+
+def _of_prompts(asked: list[PromptLogprobs], logits: torch.Tensor) -> dict[int, Callable[[], list[TokenLogprobs]]]:
+    """By row. logits [P, V]: those of all that asked, one after the other."""
+    found, offset = {}, 0
+    for one in asked:
+        count = len(one.targets)
+        targets = torch.from_numpy(one.targets.astype(np.int64)).to(logits.device, non_blocking=True)
+        found[one.row] = gather_logprobs(logits[offset : offset + count], targets, [one.num_top] * count)
         offset += count
     return found

@@ -61,6 +61,9 @@ class GrammarVocabulary:
         return words[: self.words] & self._in_model
 
 
+Masks = list[Future[list[Int32Array]]]
+
+
 def _pack(token_ids: np.ndarray, words: int) -> Int32Array:
     bits = np.zeros(words * 32, bool)
     bits[token_ids] = True
@@ -164,11 +167,10 @@ class Grammars:
         self._compiled.move_to_end(grammar)
         return GrammarState(self._vocabulary, compiled)
 
-    def masks(self, rows: Sequence[tuple[GrammarState, Int32Array]]) -> "list[Future[list[Int32Array]]]":
+    def masks(self, rows: Sequence[tuple[GrammarState, Int32Array]]) -> Masks:
         """Syncs each state with its request's output tokens; its mask [W]. In the order of `rows`, in one list or several.
 
-        All states are ready and without error. Token arrays are read until the futures are done: where they are views of
-        the RequestTable, `update` must wait.
+        All states are ready and without error. Token arrays are read until the futures are done.
         """
         size = max(-(-len(rows) // self._num_threads), 8)  # less is not worth waking a thread
         return [self._mask_pool.submit(_masks, rows[at : at + size]) for at in range(0, len(rows), size)]
@@ -209,7 +211,7 @@ def _masks(rows: Sequence[tuple[GrammarState, Int32Array]]) -> list[Int32Array]:
 def apply_bitmask(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[Int32Array]) -> torch.Tensor:
     """float [S, V]; for each of `rows` a mask, int32 [ceil(V / 32)] -> a new tensor with -inf where the mask has no bit."""
     words = torch.from_numpy(np.stack(masks).view(np.uint8)).to(logits.device, non_blocking=True)
-    index = torch.tensor(rows, device=logits.device)
+    index = torch.tensor(rows).to(logits.device, non_blocking=True)
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
     allowed = (words[:, :, None] >> bits & 1).bool().flatten(1)[:, : logits.shape[-1]]
     logits = logits.clone()

@@ -52,8 +52,8 @@ class LogitsProcessors:
             tokens, counts = np.unique(output, return_counts=True)
             scores[_tensor(tokens, scores)] -= self.presence + self.frequency * _tensor(counts, scores)
         if self.bias:
-            values = torch.tensor(list(self.bias.values()), dtype=scores.dtype, device=scores.device)
-            scores[_tensor(np.array(list(self.bias)), scores)] += values
+            values = torch.tensor(list(self.bias.values()), dtype=scores.dtype)
+            scores[_tensor(np.array(list(self.bias)), scores)] += values.to(scores.device, non_blocking=True)
         if self.allowed:
             index = _tensor(np.array(self.allowed), scores)
             kept = scores[index]
@@ -87,4 +87,4 @@ def apply_processors(logits: torch.Tensor, rows: list[ProcessedRow]) -> torch.Te
 
 
 def _tensor(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(like.device)
+    return torch.from_numpy(array.astype(np.int64)).to(like.device, non_blocking=True)

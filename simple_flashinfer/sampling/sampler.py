@@ -34,27 +34,39 @@ class SamplingBatch:
     typical_p: FloatArray
     processed: list[ProcessedRow] = field(default_factory=list)
 
+    @property
+    def is_greedy(self) -> bool:
+        """The likeliest tokens of the logits as they are."""
+        return not self.processed and not (self.temperature > 0).any()
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """logits [S, V], any float dtype -> int64 [S]; INVALID_TOKEN where the logits are not finite."""
+    best, tokens = logits.max(dim=-1)
+    return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
+
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite."""
+    if batch.is_greedy:
+        return likeliest(logits)
     logits = logits.float()
     if batch.processed:
         logits = apply_processors(logits, batch.processed)
     best, tokens = logits.max(dim=-1)
     drawn = np.flatnonzero(batch.temperature > 0)
     if len(drawn):
-        rows = torch.from_numpy(drawn).to(logits.device)
+        rows = _on_device(drawn, logits)
         every = len(drawn) == len(logits)
         shifted = logits - best[:, None] if every else logits[rows] - best[rows, None]
-        shifted /= _column(batch.temperature[drawn], logits)
+        shifted /= _on_device(batch.temperature[drawn], logits)[:, None]
         if (keep := _keep(shifted, batch, drawn)) is not None:
             shifted = shifted.masked_fill(~keep, -torch.inf)
         probs = torch.softmax(shifted, dim=-1)
         typical_p = batch.typical_p[drawn]
         for index in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
             probs[index] = _typical(probs[index], float(typical_p[index]))
-        uniform = torch.from_numpy(uniforms(batch.seeds[drawn], batch.positions[drawn])).to(logits.device)
-        picked = _pick(probs, uniform)
+        picked = _pick(probs, _on_device(uniforms(batch.seeds[drawn], batch.positions[drawn]), logits))
         tokens[rows] = picked.clamp_max(logits.shape[-1] - 1)
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
@@ -91,8 +103,8 @@ def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _column(values: npt.NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device)[:, None]
+def _on_device(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
 def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp]) -> torch.Tensor | None:
@@ -105,13 +117,13 @@ def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp
     ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
     limit = torch.full((len(drawn),), -torch.inf, device=logits.device)
     if len(ranked):
-        index = torch.from_numpy(ranked).to(logits.device)
+        index = _on_device(ranked, logits)
         limit[index] = _rank_threshold(logits[index], top_k[ranked], top_p[ranked])
     elif not (min_p > 0).any():
         return None
     if (min_p > 0).any():
         with np.errstate(divide="ignore"):
-            limit = torch.maximum(limit, torch.from_numpy(np.log(min_p)).to(logits.device))
+            limit = torch.maximum(limit, _on_device(np.log(min_p), logits))
     return logits >= limit[:, None]
 
 
@@ -131,8 +143,8 @@ def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
 def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float64]) -> torch.Tensor:
     """The smallest logit that top-k and top-p leave in each row, [D]."""
     vocab = logits.shape[-1]
-    k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)).to(logits.device)[:, None]
-    p = torch.from_numpy(np.where(top_p > 0, top_p, 1.0)).to(logits.device)[:, None]
+    k = _on_device(np.where(top_k > 0, np.minimum(top_k, vocab), vocab), logits)[:, None]
+    p = _on_device(np.where(top_p > 0, top_p, 1.0), logits)[:, None]
     log_total = torch.logsumexp(logits, dim=-1, keepdim=True).double()
     width = min(vocab, _TOP)
     while True:

@@ -46,7 +46,9 @@ def batch(*requests, drawn=None):
     computed, scheduled = (np.array(column, np.int32) for column in zip(*requests, strict=True))
     samples = np.array(drawn if drawn is not None else [True] * len(requests))
     rows = np.arange(len(requests), dtype=np.int32)
-    return SchedulerOutput(rows, scheduled, computed, 0, samples, RequestTable(len(requests), 512, 16))
+    return SchedulerOutput(
+        rows, rows.astype(np.int64), scheduled, computed, 0, samples, RequestTable(len(requests), 512, 16)
+    )
 
 
 def cost_model(path, **settings):
@@ -212,7 +214,7 @@ def engine():
 def watched(config, core, info):
     runner = core.executor
     costs = CostModel(runner.model, list(runner.backend.layers.values()), runner.backend.dtype)
-    return Workload(config, core, info, StepWatch(core, costs, runner.device))
+    return Workload(config, core, info, StepWatch(core, costs))
 
 
 def test_prompts_in_chunks_between_decodes(engine):
@@ -317,12 +319,13 @@ def test_the_sentence_names_the_largest_part_of_the_rest():
         return what_holds_back(Result(1, 1.0, phase, phase))
 
     assert sentence(sampling=0.02) == (
-        "Decode at 1 request: 8.3% of what memory bandwidth allows. Most of the rest, 20.00 of 22.00 ms, is sampling."
+        "Decode at 1 request: 8.0% of what memory bandwidth allows. Most of the rest, 20.00 of 23.00 ms, is sampling."
     )
     assert "the forward pass beyond the limit" in sentence(forward=0.01)
-    assert "The largest part of the rest, 2.00 of 6.00 ms" in sentence(forward=0.002, outputs=0.002, inputs=0.002)
+    assert "The largest part of the rest, 2.00 of 7.00 ms" in sentence(forward=0.002, outputs=0.002, inputs=0.002)
+    assert "Most of the rest, 8.00 of 13.00 ms, is the device's work" in sentence(waiting=0.01)
     ahead = dict.fromkeys(itertools.chain(PARTS), 0.0003)
-    assert sentence(**ahead) == "Decode at 1 request: 133% of what memory bandwidth allows."
+    assert sentence(**ahead) == "Decode at 1 request: 111% of what memory bandwidth allows."
 
 
 @pytest.mark.gpu

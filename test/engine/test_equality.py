@@ -72,8 +72,27 @@ def test_preempted(model, page_size):
     llm.core.scheduler.check()
 
 
-def test_after_a_client_left(model):
-    llm = LLM(model.path, torch_dtype="float32", max_num_batched_tokens=40)
+def test_overlapping_steps(model):
+    """With everything at once: chunks, too few pages, prefixes that are found."""
+    longest = max(PROMPT_LENGTHS) + OUTPUT_LENGTH
+    layer = ARCHITECTURES["llama"]
+    page_bytes = 16 * layer.num_hidden_layers * layer.num_key_value_heads * layer.head_dim * 2 * 4
+    settings = {
+        "max_model_len": longest,
+        "max_num_batched_tokens": 50,
+        "kv_cache_memory": (-(-longest // 16) + 3) * page_bytes,
+    }
+    llm = LLM(model.path, torch_dtype="float32", overlap=True, **settings)
+    for _ in range(2):
+        assert tokens(llm.generate(model.prompts, GREEDY, use_tqdm=False)) == model.expected
+        assert llm.stats.num_free_pages == llm.info.num_pages
+        llm.core.scheduler.check()
+    assert llm.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_after_a_client_left(model, overlap):
+    llm = LLM(model.path, torch_dtype="float32", max_num_batched_tokens=40, overlap=overlap)
     expected = {}
     leaving = set()
     for index, (prompt, answer) in enumerate(zip(model.prompts, model.expected, strict=True)):
@@ -90,4 +109,6 @@ def test_after_a_client_left(model):
             elif output.finish_reason:
                 finished[output.request_id] = output.token_ids
     assert finished == {request_id: answer for request_id, answer in expected.items() if request_id not in leaving}
+    while llm.core.has_work:
+        llm.step()
     assert llm.stats.num_free_pages == llm.info.num_pages

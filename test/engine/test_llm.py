@@ -102,3 +102,36 @@ def test_what_can_not_be_served_runs_nothing(llm):
 def test_bad_parameters_name_themselves(options, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         SamplingParams(**options)
+
+
+GRAMMAR = '{"grammars":[{"lark_grammar":"start: /[a-z]{3,9}/"}]}'
+EVERY_WAY_TO_DRAW = [
+    SamplingParams(temperature=0, max_tokens=20),
+    SamplingParams(seed=1, max_tokens=20, temperature=1.4, top_p=0.9),
+    SamplingParams(seed=2, max_tokens=20, repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(seed=3, max_tokens=20, frequency_penalty=1.0, min_tokens=15, stop_token_ids=tuple(range(0, 200, 2))),
+    SamplingParams(seed=4, max_tokens=20, stop_token_ids=tuple(range(0, 200, 2))),
+    SamplingParams(seed=5, max_tokens=20, logprobs=3, prompt_logprobs=2),
+    SamplingParams(seed=6, max_tokens=20, bad_words=("def", "a b"), logit_bias=((5, 3.0),)),
+    SamplingParams(seed=7, max_tokens=20, grammar=GRAMMAR),
+    SamplingParams(seed=8, max_tokens=20, stop=("e",)),
+]
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["each alone", "all at once"])
+def test_overlapping_steps_change_nothing(random_model, alone):
+    def run(overlap):
+        llm = LLM(random_model, torch_dtype="float32", overlap=overlap, max_num_batched_tokens=16)
+        batches = [[params] for params in EVERY_WAY_TO_DRAW] if alone else [EVERY_WAY_TO_DRAW]
+        outputs = [o for batch in batches for o in llm.generate(["def main(a, b):"] * len(batch), batch, use_tqdm=False)]
+        assert all(output.error is None for output in outputs)
+        llm.core.scheduler.check()
+        return [(o.token_ids, o.text, o.finish_reason, o.logprobs, o.prompt_logprobs, o.num_cached_tokens) for o in outputs]
+
+    one_after_the_other, overlapping = run(False), run(True)
+    reasons = {reason for _, _, reason, *_ in overlapping}
+    assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
+    if alone:
+        assert overlapping == one_after_the_other
+    else:  # who shares whose prefix depends on when a request comes
+        assert [o[:3] for o in overlapping] == [o[:3] for o in one_after_the_other]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
-from simple_flashinfer.engine.launch import _attention, _check_graphs, build_engine
+from simple_flashinfer.engine.launch import _attention, _uses_graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.model import kv_storage
@@ -224,39 +224,45 @@ def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_pa
     assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
 
 
-def test_decode_graphs_over_the_stand_in(monkeypatch, random_model):
-    """Capturing is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
+    """Recording is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
     prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (30, 12, 25, 30, 3)]
     settings = {"torch_dtype": "bfloat16", "max_sequence": 6}
     expected = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts, params)
-    llm = flashinfer_llm(monkeypatch, random_model, **settings)
+    llm = flashinfer_llm(monkeypatch, random_model, **settings, overlap=overlap)
     runner, captured = llm.core.executor, []
 
     def capture(function):
         captured.append(function)
+        with torch.inference_mode():
+            function()  # to warm up
         return function
 
     backend = runner._hook.backend
-    runner._graphs = DecodeGraphs(backend, runner._model_logits, 6, CPU, capture)
+    runner._graphs = DecodeGraphs(backend, runner._decode, 6, CPU, capture)
+    scratch = [cache[llm.info.num_pages].fill_(7) for cache in backend._caches.values()]
     assert tokens(llm, prompts, params) == expected
     assert len(captured) == 3, "batches of 5, 4, 3 and 2 requests take the sizes 8, 4 and 2"
-    scratch = [cache[llm.info.num_pages] for cache in backend._caches.values()]
-    assert all(page[:, 0].any() and not page[:, 1:].any() for page in scratch), "padding writes to one place only"
+    assert all((page[:, 0] != 7).all() and (page[:, 1:] == 7).all() for page in scratch), "padding writes to one place only"
     assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
 
 
 def test_graphs_that_can_not_be_are_refused():
     cuda = torch.device("cuda", 0)
-    _check_graphs(Config(cuda_graph=True), cuda)
-    _check_graphs(Config(cuda_graph=True, torch_compile=True), cuda)
+    for settings in ({}, {"torch_compile": True}):
+        assert _uses_graphs(Config(cuda_graph=True, **settings), cuda)
+        assert _uses_graphs(Config(**settings), cuda)
+        assert not _uses_graphs(Config(cuda_graph=False, **settings), cuda)
     for settings, device, words in (
         ({}, CPU, "needs a CUDA device"),
         ({"attention_backend": "sdpa"}, cuda, "--attention_backend flashinfer"),
         ({"torch_compile": True, "torch_compile_mode": "reduce-overhead"}, cuda, "both record CUDA graphs"),
     ):
+        assert not _uses_graphs(Config(**settings), device)
         with pytest.raises(ConfigError, match=words):
-            _check_graphs(Config(cuda_graph=True, **settings), device)
+            _uses_graphs(Config(cuda_graph=True, **settings), device)
 
 
 def test_auto_settings(caplog):

@@ -183,7 +183,7 @@ def test_a_bias_is_added():
 
 def test_logprobs_are_the_log_softmax():
     logits = torch.randn(3, 20)
-    found = gather_logprobs(logits, torch.tensor([4, 9, 0]), [2, 0, 20])
+    found = gather_logprobs(logits, torch.tensor([4, 9, 0]), [2, 0, 20])()
     for row, (token, entry) in enumerate(zip([4, 9, 0], found, strict=True)):
         expected = torch.log_softmax(logits[row], -1)
         assert entry.token_id == token
