@@ -182,6 +182,11 @@ class Config:
         "run the engine in a process of its own, where HTTP does not disturb it; false runs it in a thread",
     )  # fmt: skip
 
+    api_processes: int | None = _setting(
+        None, _number(int, 1, 64, auto=True), "batching",
+        "processes that serve HTTP in front of the one engine; auto is 1 on cpu, up to 4 on cuda",
+    )  # fmt: skip
+
     page_size: int = _setting(16, _number(int, 1, 1024), "memory", "tokens in a page of the KV cache")
     prefix_caching: bool = _setting(
         True, parse_bool, "memory", "keep the KV cache of finished requests, for later ones that begin with the same tokens"
@@ -264,6 +269,8 @@ Flags may be written with dashes or underscores; nothing else should be running 
     LEFT_OUT = frozenset({
         "host", "port", "api_key", "cors_origins", "served_model_name", "max_waiting", "tool_call_parser",
         "reasoning_parser", "microsleep", "engine_process",
+        "host", "port", "api_key", "served_model_name", "max_waiting", "tool_call_parser", "reasoning_parser", "microsleep",
+        "engine_process", "api_processes",
     })  # fmt: skip
 
     batch_sizes: tuple[int, ...] = _setting(

@@ -1,19 +1,19 @@
 """The daemon: `simple-flashinfer`, or `python3 -m simple_flashinfer.main`; with `bench` as first argument the benchmark."""
 
-import asyncio
 import ipaddress
 import logging
+import os
 import socket
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError, load_config
 from simple_flashinfer.log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 3  # for answers under way, when the daemon is told to stop
 _BACKLOG = 2048
 
 
@@ -38,59 +38,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> None:
     """Serves until it is told to stop. Raises ConfigError, in a sentence, when it can't start."""
-    listener = _listen(config.host, config.port)  # first: a port that is taken is told before gigabytes are loaded
+    count = _num_front_ends(config)
+    listeners = _listen(config.host, config.port, count)  # first: a port that is taken is told before gigabytes are loaded
     from simple_flashinfer.engine.launch import resolve_model, start_engine
 
     path = resolve_model(config)
-    wait_for_engine = start_engine(config, path)  # a process of its own gets on while this one imports what it needs
-    import uvicorn
+    # a process of its own gets on while this one imports what it needs
+    connect, pipes = start_engine(config, path, num_others=count - 1)
+    from simple_flashinfer.server.front_end import FrontEnds, serve_http
 
-    from simple_flashinfer.engine.async_engine import AsyncEngine
-    from simple_flashinfer.engine.requests import RequestFactory
-    from simple_flashinfer.server.app import create_app
-    from simple_flashinfer.server.service import Service
-    from simple_flashinfer.text.tokenizer import Tokenizer
-
-    start = time.perf_counter()
-    tokenizer = Tokenizer(path, config.tool_call_parser, config.reasoning_parser)
-    logger.info("Tokenizer ready in %.1f s, most of it the import of transformers", time.perf_counter() - start)
-    channel, info = wait_for_engine()
-    service = Service(
-        config=config,
-        engine=AsyncEngine(channel, info, max_requests=config.max_sequence + config.max_waiting),
-        tokenizer=tokenizer,
-        requests=RequestFactory(info, config.seed, tokenizer.eos_token_id),
-    )
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """New connections are refused at once; answers under way get some time, and then an error as their end."""
-            loop = asyncio.get_running_loop()
-            loop.call_later(_GRACE_SECONDS, service.engine.fail_all, "The server is shutting down.")
-            await super().shutdown(sockets)
-
-    server = Server(
-        uvicorn.Config(
-            create_app(service),
-            log_config=None,
-            log_level=config.loglevel if config.loglevel == "debug" else "warning",
-            access_log=config.loglevel == "debug",
-            timeout_graceful_shutdown=2 * _GRACE_SECONDS,
-        )
-    )
-    _announce(config, listener)
-    server.run(sockets=[listener])
+    with FrontEnds(config, path, pipes, listeners[1:]) as others:
+        announce = partial(_announce, config, listeners[0])
+        serve_http(config, path, connect, listeners[0], others.place, on_ready=announce, on_stop=others.stop)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _num_front_ends(config: Config) -> int:
+    """One event loop streams some 15,000 tokens a second: enough for a CPU, not for a GPU."""
+    if config.api_processes is None:
+        gpu = config.device != "cpu" and Path("/proc/driver/nvidia").exists()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return max(1, min(4, cores // 4)) if gpu and config.engine_process else 1
+    if config.api_processes > 1 and not config.engine_process:
+        raise ConfigError(f"--api_processes {config.api_processes} needs --engine_process true")
+    return config.api_processes
+
+
+def _listen(host: str, port: int, count: int) -> list[socket.socket]:
+    """One socket for each process that serves HTTP; among several of them the system shares connections out."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
+        listeners = [_bind(host, port)]
+        if count > 1:  # the first only found out that nobody else listens there: with SO_REUSEPORT that would go unseen
+            port = listeners.pop().getsockname()[1]
+            listeners = [_bind(host, port, shared=True) for _ in range(count)]
+        listeners[0].listen(_BACKLOG)
     except OSError as error:
         raise ConfigError(f"can't listen on --host {host} --port {port}: {error.strerror or error}") from error
+    return listeners
+
+
+def _bind(host: str, port: int, shared: bool = False) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind(address)
     return listener
 
 

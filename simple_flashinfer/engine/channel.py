@@ -1,8 +1,8 @@
-"""Between the front end's event loop and the engine loop: commands one way, one message a step the other way.
+"""Between a front end's event loop and the engine loop: commands one way, one message a step the other way.
 
 Two implementations that AsyncEngine can't tell apart. ThreadChannel costs one call_soon_threadsafe a step. ProcessChannel
 gives the engine an interpreter lock and a crash domain of its own over a duplex pipe of the standard library: an engine has
-one front end on the same machine, so a message library would add a dependency and nothing else. Both sides
+few front ends, all on the same machine, so a message library would add a dependency and nothing else. Both sides
 of the pipe read in a thread or loop that does nothing else, so neither a large prompt nor a slow step blocks the other.
 """
 
@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
-from simple_flashinfer.types import Command, StepOutputs, Stop
+from simple_flashinfer.types import Abort, Add, Command, EngineOutput, StepOutputs, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class FrontEnd(Protocol):
         """Never blocks."""
 
     def close(self) -> None:
-        """Ends the engine, and waits for it."""
+        """Leaves. The last front end ends the engine, and the one that can waits for it."""
 
 
 def _drain(inbox: "queue.SimpleQueue[Command]", block: bool) -> list[Command]:
@@ -100,17 +100,21 @@ class _ThreadEngineEnd:
 
 
 class ProcessChannel:
-    """The front end's side of the pipe; `wait_for_exit` joins the process."""
+    """A front end's side of its pipe; `wait_for_exit` joins the engine's process."""
 
-    def __init__(self, connection: Connection, wait_for_exit: Callable[[], None]) -> None:
+    def __init__(self, connection: Connection, wait_for_exit: Callable[[], None] | None = None) -> None:
         self._connection = connection
         self._wait_for_exit = wait_for_exit
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox = _Outbox()
         self.start = self._outbox.start
         self._closing = False
-        for target in (self._write, self._read):
-            threading.Thread(target=target, name=f"engine-{target.__name__.strip('_')}", daemon=True).start()
+        self._writer, reader = (
+            threading.Thread(target=target, name=f"engine-{target.__name__.strip('_')}", daemon=True)
+            for target in (self._write, self._read)
+        )
+        self._writer.start()
+        reader.start()
 
     def send(self, command: Command) -> None:
         self._inbox.put(command)
@@ -118,7 +122,9 @@ class ProcessChannel:
     def close(self) -> None:
         self._closing = True
         self._inbox.put(Stop())
-        self._wait_for_exit()
+        self._writer.join(EXIT_SECONDS)
+        if self._wait_for_exit is not None:
+            self._wait_for_exit()
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # the engine is gone: _read tells
@@ -138,20 +144,50 @@ class ProcessChannel:
 
 
 class ProcessEngineEnd:
-    """The engine's side of the pipe. A front end that is gone reads as Stop."""
+    """The engine's side of the pipes, one to each front end; their request ids differ.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    The requests of a front end that stops, or is gone, are aborted. When none is left the engine is told to stop.
+    """
+
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = list(connections)
+        self._of_request: dict[str, Connection] = {}
 
     def recv(self, block: bool) -> list[Command]:
         commands: list[Command] = []
+        while self._connections:
+            ready = wait(self._connections, None if block and not commands else 0)
+            if not ready:
+                return commands
+            for connection in ready:
+                commands += self._read(connection)  # type: ignore[arg-type]
+        return [*commands, Stop()]
+
+    def _read(self, connection: Connection) -> list[Command]:
         try:
-            while (block and not commands) or self._connection.poll(0):
-                commands += self._connection.recv()
+            commands: list[Command] = connection.recv()
         except (EOFError, OSError):
-            commands.append(Stop())
+            commands = [Stop()]
+        for command in commands:
+            if isinstance(command, Add):
+                self._of_request[command.request.request_id] = connection
+        if commands and isinstance(commands[-1], Stop):
+            self._connections.remove(connection)
+            left = [request_id for request_id, theirs in self._of_request.items() if theirs is connection]
+            return [*commands[:-1], *map(Abort, left)]
         return commands
 
     def send(self, message: Message) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send(message)
+        if isinstance(message, EngineFailure):
+            messages: dict[Connection, Message] = dict.fromkeys(self._connections, message)
+        else:
+            outputs: dict[Connection, list[EngineOutput]] = {connection: [] for connection in self._connections}
+            for output in message.outputs:
+                connection = self._of_request[output.request_id]
+                if output.finish_reason is not None:
+                    del self._of_request[output.request_id]
+                outputs.setdefault(connection, []).append(output)
+            messages = {connection: StepOutputs(theirs, message.stats) for connection, theirs in outputs.items()}
+        for connection, theirs in messages.items():
+            with contextlib.suppress(OSError):  # it is gone, which `recv` will see
+                connection.send(theirs)

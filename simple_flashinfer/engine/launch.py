@@ -8,8 +8,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -257,12 +258,16 @@ def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def start_engine(config: Config, path: str) -> Callable[[], tuple[FrontEnd, EngineInfo]]:
-    """Begins; call what it returns to wait until the engine is ready. That raises ConfigError in a sentence if it can't be.
+# waits until the engine is ready; raises ConfigError in a sentence if it can't be
+Connect = Callable[[], tuple[FrontEnd, EngineInfo]]
 
-    A process starts meanwhile, on another core; a thread only when it is waited for.
+
+def start_engine(config: Config, path: str, num_others: int = 0) -> tuple[Connect, list[Connection]]:
+    """Begins. For this process's front end, and a pipe for each of the front ends in other processes: see `connect_engine`.
+
+    An engine process starts meanwhile, on another core; a thread only when it is waited for.
     """
-    return _start_process(config, path) if config.engine_process else lambda: _start_thread(config, path)
+    return _start_process(config, path, num_others) if config.engine_process else (lambda: _start_thread(config, path), [])
 
 
 def _start_thread(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
@@ -285,42 +290,51 @@ def _start_thread(config: Config, path: str) -> tuple[FrontEnd, EngineInfo]:
     return channel, info
 
 
-def _start_process(config: Config, path: str) -> Callable[[], tuple[FrontEnd, EngineInfo]]:
+def _start_process(config: Config, path: str, num_others: int) -> tuple[Connect, list[Connection]]:
     context = multiprocessing.get_context("spawn")  # a forked CUDA context does not work
-    ours, theirs = context.Pipe()
+    ours, theirs = zip(*(context.Pipe() for _ in range(1 + num_others)), strict=True)
     process = context.Process(target=_engine_process, args=(config, path, theirs), name="engine", daemon=True)
     process.start()
     atexit.register(process.kill)  # whatever happens here, it does not stay behind
-    theirs.close()
-
-    def wait() -> tuple[FrontEnd, EngineInfo]:
-        try:
-            ready: EngineInfo | str = ours.recv()
-        except EOFError:
-            process.join()
-            raise ConfigError(f"the engine process ended at start (exit code {process.exitcode})") from None
-        if isinstance(ready, str):
-            raise ConfigError(ready)
-        return ProcessChannel(ours, wait_for_exit), ready
+    for connection in theirs:
+        connection.close()
 
     def wait_for_exit() -> None:
         process.join(EXIT_SECONDS)
         if process.is_alive():
             process.kill()
 
-    return wait
+    def wait() -> tuple[FrontEnd, EngineInfo]:
+        try:
+            return connect_engine(ours[0], wait_for_exit)
+        except EOFError:
+            process.join()
+            raise ConfigError(f"the engine process ended at start (exit code {process.exitcode})") from None
+
+    return wait, list(ours[1:])
 
 
-def _engine_process(config: Config, path: str, connection: Connection) -> None:
+def connect_engine(connection: Connection, wait_for_exit: Callable[[], None] | None = None) -> tuple[FrontEnd, EngineInfo]:
+    """Waits until the engine is ready. Raises ConfigError if it can't be, EOFError if it is gone."""
+    ready: EngineInfo | str = connection.recv()
+    if isinstance(ready, str):
+        raise ConfigError(ready)
+    return ProcessChannel(connection, wait_for_exit), ready
+
+
+def _engine_process(config: Config, path: str, connections: Sequence[Connection]) -> None:
     from simple_flashinfer.log import set_up_logging
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach whole groups of processes: the front end decides, over the pipe
+        signal.signal(number, signal.SIG_IGN)  # they reach whole groups of processes: the front ends decide, over the pipes
     set_up_logging(config.loglevel)
+    ready: EngineInfo | str
     try:
-        core, info = build_engine(config, path)
+        core, ready = build_engine(config, path)
     except ConfigError as error:
-        connection.send(str(error))
-        return
-    connection.send(info)
-    serve(core, ProcessEngineEnd(connection), config.microsleep)
+        ready = str(error)
+    for connection in connections:
+        with suppress(OSError):  # it is gone already
+            connection.send(ready)
+    if not isinstance(ready, str):
+        serve(core, ProcessEngineEnd(connections), config.microsleep)

@@ -26,11 +26,14 @@ class ContextLengthError(ValueError):
 class RequestFactory:
     """Checks against the engine's limits, and settles max_tokens, seed and the tokens that end the output."""
 
-    def __init__(self, info: EngineInfo, seed: int, eos_token_id: int | None = None) -> None:
-        """eos_token_id: the tokenizer's, which not every model's config repeats."""
+    def __init__(self, info: EngineInfo, seed: int, eos_token_id: int | None = None, name: str = "") -> None:
+        """eos_token_id: the tokenizer's, which not every model's config repeats. name: of one among several for one engine;
+        what they make has different ids, and different seeds where none is asked for.
+        """
         self._info = info
+        self._name = name
         self._eos_token_ids = info.eos_token_ids + (() if eos_token_id is None else (eos_token_id,))
-        self._random = random.Random(seed)
+        self._random = random.Random(f"{name}{seed}" if name else seed)
         self._counter = itertools.count()
 
     def make(
@@ -56,7 +59,7 @@ class RequestFactory:
                 raise ValueError(f"{name} has token ids outside of 0 to {info.vocab_size - 1}")
         stops = params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
         return EngineRequest(
-            request_id=f"{next(self._counter)}",
+            request_id=f"{self._name}{next(self._counter)}",
             prompt_token_ids=np.asarray(prompt_token_ids, np.int32),
             params=params,
             max_tokens=params.max_tokens if params.max_tokens is not None else room,

@@ -1,6 +1,6 @@
-"""Answers of the Responses API that later requests refer to by id, in memory."""
+"""Answers of the Responses API that later requests refer to by id: a table in memory, or in a file that processes share."""
 
-from collections import OrderedDict
+import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +25,34 @@ class ResponseStore:
     Each counts with its whole conversation, as JSON, also where it shares that with others.
     """
 
-    def __init__(self, max_responses: int = _MAX_RESPONSES, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, path: str = ":memory:", max_responses: int = _MAX_RESPONSES, max_bytes: int = _MAX_BYTES) -> None:
+        """path: a file, which is made when it is not there."""
         self._max_responses, self._max_bytes = max_responses, max_bytes
-        self._stored: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
-        self._num_bytes = 0
+        self._table = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._table.execute("PRAGMA synchronous = OFF")  # it need not outlive the daemon
+        self._table.execute(
+            "CREATE TABLE IF NOT EXISTS stored (used INTEGER PRIMARY KEY, id TEXT UNIQUE, size INTEGER, content BLOB)"
+        )
 
     def add(self, stored: StoredResponse) -> None:
-        size = len(orjson.dumps([stored.response, stored.items]))
-        self._stored[stored.response["id"]] = stored, size
-        self._num_bytes += size
-        while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
-            self._num_bytes -= self._stored.popitem(last=False)[1][1]
+        content = orjson.dumps([stored.response, stored.input_items, stored.items])
+        self._table.execute(
+            "REPLACE INTO stored SELECT IFNULL(MAX(used), 0) + 1, ?, ?, ? FROM stored",
+            (stored.response["id"], len(content), content),
+        )
+        self._table.execute(
+            "DELETE FROM stored WHERE used IN (SELECT used FROM "
+            "(SELECT used, ROW_NUMBER() OVER latest AS number, SUM(size) OVER latest AS bytes FROM stored "
+            "WINDOW latest AS (ORDER BY used DESC)) WHERE number > ? OR bytes > ?)",
+            (self._max_responses, self._max_bytes),
+        )
 
     def get(self, id_: str) -> StoredResponse | None:
-        if id_ not in self._stored:
-            return None
-        self._stored.move_to_end(id_)
-        return self._stored[id_][0]
+        found = self._table.execute(
+            "UPDATE stored SET used = (SELECT MAX(used) + 1 FROM stored) WHERE id = ? RETURNING content", (id_,)
+        ).fetchall()
+        return StoredResponse(*orjson.loads(found[0][0])) if found else None
 
     def remove(self, id_: str) -> bool:
         """Whether it was there."""
-        stored = self._stored.pop(id_, None)
-        self._num_bytes -= stored[1] if stored else 0
-        return stored is not None
+        return self._table.execute("DELETE FROM stored WHERE id = ?", (id_,)).rowcount > 0

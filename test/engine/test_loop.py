@@ -22,7 +22,7 @@ def connect(request):
         if request.param == "thread":
             return ThreadChannel(lambda end: serve(core, end, microsleep))
         ours, theirs = multiprocessing.Pipe()
-        thread = threading.Thread(target=serve, args=(core, ProcessEngineEnd(theirs), microsleep), daemon=True)
+        thread = threading.Thread(target=serve, args=(core, ProcessEngineEnd([theirs]), microsleep), daemon=True)
         thread.start()
 
         def wait():

@@ -286,19 +286,22 @@ def test_half_a_character_is_refused(client, field):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
-def test_the_store_forgets_what_was_not_used():
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_store_forgets_what_was_not_used(tmp_path, shared):
     def response(id_, text=""):
-        return StoredResponse({"id": id_}, [], [{"text": text}])
+        return StoredResponse({"id": id_}, [{"n": 1}], [{"text": text}])
 
-    store = ResponseStore(max_responses=2, max_bytes=300)
+    path = str(tmp_path / "responses.db") if shared else ":memory:"
+    store = ResponseStore(path, max_responses=2, max_bytes=300)
+    other = ResponseStore(path, max_responses=2, max_bytes=300) if shared else store
     store.add(response("a"))
-    store.add(response("b"))
-    assert store.get("a") is not None
+    other.add(response("b"))
+    assert other.get("a") == response("a")
     store.add(response("c"))
-    assert [store.get(id_) is not None for id_ in "abc"] == [True, False, True]
+    assert [other.get(id_) is not None for id_ in "abc"] == [True, False, True]
     store.add(response("d", "x" * 200))
-    assert [store.get(id_) is not None for id_ in "acd"] == [False, True, True]
+    assert [other.get(id_) is not None for id_ in "acd"] == [False, True, True]
     assert store.remove("c")
-    assert not store.remove("c")
+    assert not other.remove("c")
     store.add(response("e", "x" * 300))
     assert [store.get(id_) for id_ in "de"] == [None, None]
