@@ -184,7 +184,7 @@ class Config:
 
     api_processes: int | None = _setting(
         None, _number(int, 1, 64, auto=True), "batching",
-        "processes that serve HTTP in front of the one engine; auto is 1 on cpu, up to 4 on cuda",
+        "processes that serve HTTP in front of the one engine; auto is 1 on cpu, up to 4 on cuda", "auto",
     )  # fmt: skip
 
     page_size: int = _setting(16, _number(int, 1, 1024), "memory", "tokens in a page of the KV cache")
@@ -222,10 +222,11 @@ class Config:
     cuda_graph: bool | None = _setting(
         None, parse_auto_bool, "speed",
         "replay decode steps as CUDA graphs; auto does so on cuda with flashinfer, unless torch_compile records its own",
+        "auto",
     )  # fmt: skip
     overlap: bool | None = _setting(
         None, parse_auto_bool, "speed",
-        "prepare the next step while one runs, and take its tokens in afterwards; auto does so on cuda",
+        "prepare the next step while one runs, and take its tokens in afterwards; auto does so on cuda", "auto",
     )  # fmt: skip
 
     compare_sdpa_prefill: bool = _setting(
