@@ -269,9 +269,7 @@ examples:
 Flags may be written with dashes or underscores; nothing else should be running on the machine."""
     LEFT_OUT = frozenset({
         "host", "port", "api_key", "cors_origins", "served_model_name", "max_waiting", "tool_call_parser",
-        "reasoning_parser", "microsleep", "engine_process",
-        "host", "port", "api_key", "served_model_name", "max_waiting", "tool_call_parser", "reasoning_parser", "microsleep",
-        "engine_process", "api_processes",
+        "reasoning_parser", "microsleep", "engine_process", "api_processes",
     })  # fmt: skip
 
     batch_sizes: tuple[int, ...] = _setting(
