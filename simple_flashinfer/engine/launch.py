@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from simple_flashinfer.attention import AttentionBackend, AttentionLayer
     from simple_flashinfer.kernels.cpu import CpuKernels
+    from simple_flashinfer.kernels.cuda import CudaKernels
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,11 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
             _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
-            kernels = _cpu_kernels(config, device, model_dtype)
-            fuse(loaded.model, partial(kernels.pack, int8=config.quantization == "int8") if kernels else None)
-            if kernels:
-                fuse_layers(loaded.model, model_dtype, kernels, loaded.max_model_len)
+            packing = _cpu_kernels(config, device, model_dtype)
+            fuse(loaded.model, partial(packing.pack, int8=config.quantization == "int8") if packing else None)
+            if kernels := packing or _cuda_kernels(config, device, model_dtype):
+                longest = max(config.max_model_len or loaded.max_model_len, config.max_num_batched_tokens)
+                fuse_layers(loaded.model, model_dtype, kernels, min(longest, loaded.max_model_len))
             phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, profile=config.torch_profiling)
         layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
@@ -159,6 +161,16 @@ def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -
             raise ConfigError(f"--quantization {config.quantization} needs kernels in C++, and {error}") from error
         logger.warning("Matmuls and small layers run in plain torch, which is slower: %s", error)
         return None
+
+
+def _cuda_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CudaKernels | None":
+    from simple_flashinfer.kernels import cuda
+
+    # sdpa is plain torch, all of it: what is left when FlashInfer is missing, or suspected
+    if device.type != "cuda" or config.attention_backend == "sdpa" or not cuda.supports(dtype):
+        return None
+    logger.info("Loading FlashInfer's kernels; those that this machine has not used before are compiled, for minutes")
+    return cuda.cuda_kernels()
 
 
 def _keep_memory() -> None:
