@@ -72,9 +72,11 @@ def test_logits_are_the_same_with_flashinfer(monkeypatch, name, dtype, device):
     ids = torch.randint(2, 512, (1, 37)).to(device)
     with torch.inference_mode():
         exact, plain, got = (m(ids, use_cache=False).logits.float() for m in (copy.deepcopy(model).float(), model, fused))
-    # kernels round once where a chain of operators rounds after each: as far from float32 as that, or nearer
+    # kernels round once where a chain of operators rounds after each: as far from float32 as that, or nearer; the median
+    # token, since a rounding may send one to another expert
     assert not torch.equal(got, plain)
-    assert (got - exact).norm() < 1.2 * (plain - exact).norm()
+    errors = [(logits - exact).norm(dim=-1).median() for logits in (got, plain)]
+    assert errors[0] < 1.2 * errors[1]
 
 
 @needs_compiler

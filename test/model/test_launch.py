@@ -12,7 +12,7 @@ from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
-from simple_flashinfer.engine.launch import _attention, _check_graphs, build_engine
+from simple_flashinfer.engine.launch import _attention, _check_graphs, _graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.model import kv_storage
@@ -82,6 +82,60 @@ def test_a_cache_that_can_not_be_says_which_flag_to_change(monkeypatch, settings
     monkeypatch.setattr(kv_storage, "available_memory", lambda device: free)
     with pytest.raises(ConfigError, match=words):
         kv_storage.plan_pages(Config(**settings), 1024, CPU, 512, reserve=0)
+
+
+def test_memory_for_a_step_is_not_the_cache_s(monkeypatch):
+    monkeypatch.setattr(kv_storage, "available_memory", lambda device: 10 << 20)
+    assert kv_storage.plan_pages(Config(), 1024, CPU, 512, reserve=8 << 20) == (1024, 512)
+    with pytest.raises(ConfigError, match=r"takes 9.5 MiB.* lower --max_num_batched_tokens or --max_sequence"):
+        kv_storage.plan_pages(Config(), 1024, CPU, 512, reserve=19 << 19)
+    with pytest.raises(ConfigError, match=r"4.0 MiB is 2.0 MiB more than the 2.0 MiB .* beside 8.0 MiB for the largest"):
+        kv_storage.plan_pages(Config(kv_cache_memory=4 << 20), 1024, CPU, 512, reserve=8 << 20)
+
+
+def test_graphs_keep_their_logits_and_as_much_as_a_step_of_their_size():
+    assert _graphs(Config(), 1 << 30, 2 * 1000) == (0, 0)
+    config = Config(cuda_graph=True, max_sequence=12, max_num_batched_tokens=64)
+    assert _graphs(config, 1 << 30, 2 * 1000) == (5, (1 + 2 + 4 + 8 + 16) * 2000 + (1 << 28))
+    assert _graphs(Config(cuda_graph=True, max_sequence=1), 1 << 20, 10) == (1, 10 + (1 << 20) // 2048)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("simple_flashinfer.model.loader.load_model", "the weights; choose a smaller --model"),
+        ("simple_flashinfer.engine.launch._fuse", "once more; try --fuse false"),
+        ("simple_flashinfer.model.runner.ModelRunner.trace_layers", "lower --max_num_batched_tokens or --max_sequence"),
+        ("simple_flashinfer.attention.sdpa.SdpaBackend._allocate", "lower --memory_utilization or --kv_cache_memory"),
+    ],
+)
+def test_a_device_without_memory_is_told_in_a_sentence(monkeypatch, random_model, place, words):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(ConfigError, match=f"too little free memory for .*{words}"):
+        build_engine(Config(model=random_model, attention_backend="sdpa"), random_model)
+
+
+def test_eight_bit_kv_holds_twice_the_tokens_and_says_nearly_the_same(checkpoint, caplog):
+    caplog.set_level("INFO")
+    model = checkpoint("llama")
+    settings = {"kv_cache_memory": 64 << 10, "torch_dtype": "bfloat16"}
+    wide, narrow = LLM(model.path, **settings), LLM(model.path, kv_cache_dtype="fp8", **settings)
+    assert narrow.info.num_pages == 2 * wide.info.num_pages
+    assert "K and V kept in float8_e4m3fn" in caplog.text
+    first = [answer[0] for answer in tokens(narrow, model.prompts)]
+    right = sum(a == b[0] for a, b in zip(first, model.expected, strict=True))
+    assert right >= len(model.prompts) - 2, "rounding changes some first tokens, not most"
+
+
+def test_eight_bit_kv_is_the_same_for_a_prompt_as_for_what_follows(checkpoint):
+    """Chunks find the keys of those before rounded: so must a prompt that is computed at once."""
+    model = checkpoint("llama")
+    settings = {"torch_dtype": "float32", "kv_cache_dtype": "fp8"}
+    whole, chunked = LLM(model.path, **settings), LLM(model.path, max_num_batched_tokens=20, **settings)
+    assert tokens(whole, model.prompts) == tokens(chunked, model.prompts) != model.expected
 
 
 def test_memory_is_what_this_machine_has():
@@ -264,12 +318,19 @@ def test_auto_settings(caplog):
     layers = [AttentionLayer(0, 6, 2, 64, 64, 0.125)]
     narrow = [*layers, AttentionLayer(1, 4, 4, 24, 16, 0.2)]
     cpu = "sdpa" if compiler() is None else "cpu"
-    assert _attention(Config(), CPU, torch.bfloat16, layers) == (cpu, torch.bfloat16)
-    assert _attention(Config(), CPU, torch.bfloat16, narrow) == ("sdpa", torch.bfloat16)
+    bf16, half, float8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+    assert _attention(Config(), CPU, bf16, layers) == (cpu, bf16, bf16)
+    assert _attention(Config(), CPU, bf16, narrow) == ("sdpa", bf16, bf16)
     assert "layer 1 of the model has K heads of 24" in caplog.text
-    assert _attention(Config(), cuda, torch.float16, layers) == ("flashinfer", torch.float16)
-    assert _attention(Config(), cuda, torch.float32, layers) == ("flashinfer", torch.bfloat16)
-    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32, layers) == (cpu, torch.float16)
+    assert _attention(Config(), cuda, half, layers) == ("flashinfer", half, half)
+    assert _attention(Config(), cuda, torch.float32, layers) == ("flashinfer", bf16, bf16)
+    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32, layers) == (cpu, half, half)
+    eight = Config(kv_cache_dtype="fp8")
+    assert _attention(eight, cuda, bf16, layers) == ("flashinfer", bf16, float8)
+    assert _attention(eight, CPU, bf16, layers) == ("sdpa", bf16, float8)
+    assert "the kernels for the CPU can't read --kv_cache_dtype fp8" in caplog.text
+    with pytest.raises(ConfigError, match="fp8 is not for --attention_backend cpu"):
+        _attention(Config(kv_cache_dtype="fp8", attention_backend="cpu"), CPU, bf16, layers)
     for name, device in (("flashinfer", CPU), ("cpu", cuda)):
         with pytest.raises(ConfigError, match=f"{name} does not run on {device.type}"):
             _attention(Config(attention_backend=name), device, torch.bfloat16, layers)
