@@ -256,13 +256,14 @@ def test_compiled_the_tokens_are_the_same(checkpoint):
     assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
 
 
-def flashinfer_llm(monkeypatch, path, **settings):
+def flashinfer_llm(monkeypatch, path, backend_options=None, **settings):
     """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
     fake_flashinfer.install(monkeypatch)
     llm = LLM(path, **settings)
     runner = llm.core.executor
     layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
     options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}
+    options |= backend_options or {}
     runner.use_backend(backend_class("flashinfer")(layers, **options))
     return llm
 
@@ -298,6 +299,30 @@ def test_decode_graphs_over_the_stand_in(monkeypatch, random_model):
     scratch = [cache[llm.info.num_pages] for cache in backend._caches.values()]
     assert all(page[:, 0].any() and not page[:, 1:].any() for page in scratch), "padding writes to one place only"
     assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_prompt_that_requests_share_is_read_once_for_all(monkeypatch, random_model, kv_dtype):
+    """Through prefix caching: the scheduler gives all of them the same pages, also while some are still in their prompts."""
+    prefix = list(range(3, 73))
+    prompts = [[*prefix, 200 + i, *range(300, 300 + 20 * i)] for i in range(5)]
+    monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", 1)
+    found = {}
+    for cascade in (False, True):
+        options = {"cascade": cascade, "kv_dtype": kv_dtype}
+        llm = flashinfer_llm(monkeypatch, random_model, options, torch_dtype="bfloat16", max_num_batched_tokens=64)
+        tokens(llm, [prefix])
+        shared, backend = [], llm.core.executor._hook.backend
+
+        def record(wrappers, metadata, plan=backend._plan_cascade, shared=shared):
+            shared.append(metadata.num_shared_pages * bool(wrappers))
+            plan(wrappers, metadata)
+
+        monkeypatch.setattr(backend, "_plan_cascade", record)
+        found[cascade] = tokens(llm, prompts)
+        assert set(shared) == ({0, 4} if cascade else {0}), "70 tokens are four full pages"
+    same = [a == b for x, y in zip(found[True], found[False], strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) > 0.8 * len(same), "merging rounds a little differently"
 
 
 def test_graphs_that_can_not_be_are_refused():
