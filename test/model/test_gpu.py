@@ -117,16 +117,31 @@ def test_requests_that_share_a_long_prompt(monkeypatch, model, settings):
     check(model, [prefix + [5 + i] * (1 + 7 * i) for i in range(24)], cached=[prefix], most=0.5, **settings)
 
 
-def test_planning_does_not_wait_for_the_device():
+def make_backend():
     layers = [AttentionLayer(0, 8, 2, 64, 64, 0.125), AttentionLayer(1, 8, 2, 64, 64, 0.125, sliding_window=40)]
-    device = torch.device("cuda")
-    backend = backend_class("flashinfer")(layers, num_pages=100, page_size=16, dtype=torch.bfloat16, device=device)
+    options = {"num_pages": 100, "page_size": 16, "dtype": torch.bfloat16, "device": torch.device("cuda")}
+    return layers, backend_class("flashinfer")(layers, **options)
+
+
+def test_memory_beside_the_pages_is_as_reckoned():
+    before = torch.cuda.memory_allocated()
+    layers, backend = make_backend()
+    metadata = AttentionMetadata.of(step(make_table(0, [5]), [0], [4], [1]))
+    for size in (1, 2, 4):
+        backend.plan_graph(metadata, size)
+    pages = sum(cache.nbytes for cache in backend._caches.values())
+    taken, reckoned = torch.cuda.memory_allocated() - before - pages, backend.workspace_bytes(layers, 3)
+    assert 0.95 * reckoned < taken <= reckoned
+
+
+def test_planning_does_not_wait_for_the_device():
+    _, backend = make_backend()
     table = make_table(3, [20, 30], [40])
     mixed = AttentionMetadata.of(step(table, range(3), [60, 70, 0], [1, 1, 40]))
     decodes = AttentionMetadata.of(step(table, range(2), [60, 70], [1, 1]))
 
     def run(metadata):
-        q, k, v = (torch.randn(len(metadata.positions), heads, 64, device=device).bfloat16() for heads in (8, 2, 2))
+        q, k, v = (torch.randn(len(metadata.positions), heads, 64, device=backend.device).bfloat16() for heads in (8, 2, 2))
         for layer in range(2):
             backend.run(layer, q, k, v)
 

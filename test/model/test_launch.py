@@ -12,9 +12,10 @@ from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
-from simple_flashinfer.engine.launch import _attention, _check_graphs, _graphs, build_engine
+from simple_flashinfer.engine.launch import _attention, _check_graphs, _cuda_kernels, _graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
+from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
@@ -359,6 +360,22 @@ def test_auto_settings(caplog):
     for name, device in (("flashinfer", CPU), ("cpu", cuda)):
         with pytest.raises(ConfigError, match=f"{name} does not run on {device.type}"):
             _attention(Config(attention_backend=name), device, torch.bfloat16, layers)
+
+
+def test_flashinfer_s_small_kernels_are_for_cuda_and_sixteen_bits(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        fake_flashinfer.install(patch)
+        cuda_kernels.cache_clear()
+        for dtype in (torch.bfloat16, torch.float16):
+            assert isinstance(_cuda_kernels(Config(), cuda, dtype), CudaKernels)
+    cuda_kernels.cache_clear()
+    assert _cuda_kernels(Config(), cuda, torch.float32) is None
+    assert _cuda_kernels(Config(), CPU, torch.bfloat16) is None
+    assert _cuda_kernels(Config(attention_backend="sdpa"), cuda, torch.bfloat16) is None, "torch alone"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'simple-flashinfer\[cuda\]'"):
+        _cuda_kernels(Config(), cuda, torch.bfloat16)
 
 
 def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):
