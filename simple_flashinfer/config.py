@@ -199,6 +199,10 @@ class Config:
         "size of the KV cache, such as 4GiB; auto fills memory_utilization on cuda, and is at most 4GiB on cpu",
         "auto",
     )  # fmt: skip
+    kv_cache_dtype: str = _setting(
+        "auto", _choice("auto", "fp8"), "memory",
+        "fp8 keeps K and V in 8 bits (e4m3): twice the tokens of 16 bits; attention computes as before",
+    )  # fmt: skip
 
     attention_backend: str = _setting(
         "auto", _choice("auto", "flashinfer", "cpu", "sdpa"), "speed",
@@ -227,6 +231,10 @@ class Config:
     overlap: bool | None = _setting(
         None, parse_auto_bool, "speed",
         "prepare the next step while one runs, and take its tokens in afterwards; auto does so on cuda", "auto",
+    )  # fmt: skip
+    cascade: bool = _setting(
+        True, parse_bool, "speed",
+        "read a long beginning that all requests of a decode step share once for all of them (flashinfer only)",
     )  # fmt: skip
 
     compare_sdpa_prefill: bool = _setting(

@@ -205,22 +205,22 @@ class SchedulerOutput:
 
     Attributes:
         rows: int32 [R], rows of `table`.
-        arrivals: int64 [R], what tells the request in a row from others that the row has at other times.
         num_scheduled_tokens: int32 [R], at least 1 each; they follow `num_computed_tokens` in the row.
         num_computed_tokens: int32 [R], before this step.
         num_decodes: how many of the first rows have one token.
         samples: bool [R], whether the step reaches the end of the known tokens, so that a token is drawn.
         new_requests: (row, request) for each row that has another request than in the step before.
+        arrivals: int64 [R], for the scheduler: tells the requests from others that the rows have at other times.
     """
 
     rows: Int32Array
-    arrivals: Int64Array
     num_scheduled_tokens: Int32Array
     num_computed_tokens: Int32Array
     num_decodes: int
     samples: BoolArray
     table: RequestTable
     new_requests: list[tuple[int, EngineRequest]] = field(default_factory=list)
+    arrivals: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def ends(self) -> Int32Array:

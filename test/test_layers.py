@@ -19,7 +19,7 @@ ALLOWED = {
     "text": {"types", "config"},
     "demo": {"types", "config"},
     "engine": {"types", "config", "log", "core"},
-    "server": {"types", "config", "engine", "text"},
+    "server": {"types", "config", "log", "engine", "text"},
     "bench": {"types", "config", "log", "core", "engine", "model", "attention"},
     "main": {"types", "config", "log", "server", "engine", "text", "bench"},
 }
@@ -29,7 +29,7 @@ EXTRA = {
     "engine/llm.py": {"text"},
     "demo/evaluate.py": {"engine"},
 }
-ONLY_IN = {"flashinfer": {"attention/flashinfer.py"}, "transformers": {
+ONLY_IN = {"flashinfer": {"kernels/flashinfer.py"}, "transformers": {
     "model/loader.py", "model/attention_hook.py", "text/tokenizer.py", "demo/tokenizer.py", "demo/train.py",
     "sampling/grammar.py",
 }, "llguidance": {"sampling/grammar.py", "text/grammar.py"}}  # fmt: skip

@@ -9,8 +9,9 @@ def backend_class(name: str) -> type[AttentionBackend]:
     """`flashinfer`, `cpu` or `sdpa`. Raises ImportError, saying what to install, when the backend's library is missing."""
     if name == "flashinfer":
         from simple_flashinfer.attention.flashinfer import FlashInferBackend
+        from simple_flashinfer.kernels.flashinfer import library
 
-        FlashInferBackend.require_library()
+        library()
         return FlashInferBackend
     if name == "cpu":
         from simple_flashinfer.attention.cpu import CpuBackend

@@ -45,11 +45,13 @@ class AttentionLayer:
 class AttentionMetadata:
     """One step's batch, host side. The first num_decodes requests have one query token each.
 
+    num_shared_pages: pages at the front that all of these have in common, though at least the last one is each one's own.
     Shapes: qo_indptr, kv_indptr int32 [R + 1]; kv_indices int32 [pages of all]; kv_last_page_len, kv_lens int32 [R];
     batch_indices (the request of each token), positions int32 [T].
     """
 
     num_decodes: int
+    num_shared_pages: int
     qo_indptr: Int32Array
     kv_indptr: Int32Array
     kv_indices: Int32Array
@@ -68,11 +70,13 @@ class AttentionMetadata:
         batch_indices = np.repeat(np.arange(len(scheduled), dtype=np.int32), scheduled)
         first = (batch.num_computed_tokens - qo_indptr[:-1])[batch_indices]
         columns = np.arange(int(num_pages.max()))
+        pages = table.page_table[batch.rows, : len(columns)]
         return cls(
             num_decodes=batch.num_decodes,
+            num_shared_pages=_num_shared(pages[: batch.num_decodes], num_pages[: batch.num_decodes]),
             qo_indptr=qo_indptr,
             kv_indptr=_indptr(num_pages),
-            kv_indices=table.page_table[batch.rows, : len(columns)][columns < num_pages[:, None]],
+            kv_indices=pages[columns < num_pages[:, None]],
             kv_last_page_len=(kv_lens - (num_pages - 1) * table.page_size).astype(np.int32),
             kv_lens=kv_lens,
             batch_indices=batch_indices,
@@ -89,6 +93,7 @@ class AttentionMetadata:
 
         return AttentionMetadata(
             num_decodes=size,
+            num_shared_pages=0,
             qo_indptr=_indptr(np.ones(size, np.int32)),
             kv_indptr=more(self.kv_indptr, self.kv_indptr[-1] + np.cumsum(ones, dtype=np.int32)),
             kv_indices=more(self.kv_indices, ones * np.int32(scratch_page)),
@@ -105,6 +110,15 @@ def _indptr(lengths: Int32Array) -> Int32Array:
     return indptr
 
 
+def _num_shared(pages: Int32Array, num_pages: Int32Array) -> int:
+    """pages [R, most of one], num_pages [R]"""
+    if len(pages) < 2 or (pages[:, 0] != pages[0, 0]).any():
+        return 0
+    most = int(num_pages.min()) - 1
+    same = (pages[:, :most] == pages[0, :most]).all(0)
+    return most if same.all() else int(same.argmin())
+
+
 class AttentionBackend(ABC):
     """Owns the K/V pages of all layers. One thread; `plan` once for each forward pass, then `run` once for each layer.
 
@@ -119,7 +133,9 @@ class AttentionBackend(ABC):
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        """kv_dtype: how K and V are kept, where that is not the dtype they are computed in."""
         for layer in layers:
             if reason := self.unsupported(layer, dtype):
                 raise UnsupportedLayerError(
@@ -129,6 +145,7 @@ class AttentionBackend(ABC):
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.device = device
         self._allocate()
 
@@ -140,6 +157,15 @@ class AttentionBackend(ABC):
     @abstractmethod
     def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:
         """What of this layer the backend can't do ("uses ..."), or None."""
+
+    @classmethod
+    def workspace_bytes(cls, layers: Sequence[AttentionLayer], num_graphs: int) -> int:
+        """Of the device, beside the pages, when as many batch sizes are planned by `plan_graph`."""
+        return 0
+
+    def prefers_eager(self, metadata: AttentionMetadata) -> bool:
+        """Whether these decodes are to be planned by `plan` although a CUDA graph could run them."""
+        return False
 
     @abstractmethod
     def plan(self, metadata: AttentionMetadata) -> None:
@@ -166,3 +192,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of some pages, each [num_kv_heads, len(pages) * page_size, head_dim]: for checks, not for speed."""
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """As the pages keep it. Numbers beyond the largest of float8 become that one: a cast alone may make them NaN."""
+        if self.kv_dtype == self.dtype:
+            return x
+        limit = torch.finfo(self.kv_dtype).max
+        return x.clamp(-limit, limit).to(self.kv_dtype)

@@ -22,6 +22,7 @@ class ComparingBackend(AttentionBackend):
             page_size=backend.page_size,
             dtype=backend.dtype,
             device=backend.device,
+            kv_dtype=backend.kv_dtype,
         )
 
     def _allocate(self) -> None:
@@ -34,6 +35,9 @@ class ComparingBackend(AttentionBackend):
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
         self._backend.plan(metadata)
+
+    def prefers_eager(self, metadata: AttentionMetadata) -> bool:
+        return self._backend.prefers_eager(metadata)
 
     def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
         self._metadata = metadata  # all of them decodes: there is nothing to compare

@@ -21,6 +21,7 @@ class CpuBackend(SdpaBackend):
     """The same pages, another way to fill and to read them."""
 
     def _allocate(self) -> None:
+        assert self.kv_dtype == self.dtype  # settled at start: the kernels know one dtype
         super()._allocate()
         self._kernels = {index: _kernel(layer, self.dtype, self.page_size) for index, layer in self.layers.items()}
 

@@ -1,4 +1,4 @@
-"""Paged attention by FlashInfer's kernels, on CUDA. The only file that imports flashinfer, and only when it is asked to.
+"""Paged attention by FlashInfer's kernels, on CUDA.
 
 A layer's cache is one [num_pages, 2, page_size, num_kv_heads, head_dim] tensor (NHD layout): K and V have equal strides,
 for which FlashInfer needs no second compiled module. Layers that differ in scale, window, cap or shape are planned
@@ -9,24 +9,38 @@ For CUDA graphs each batch size has decode wrappers of its own over buffers that
 pool takes what the padding rows write.
 
 Requests with one query token take the decode wrapper, all others the prefill wrapper, which does chunks over a cached
-prefix as well. Index arrays that `plan` reads on the host are given as CPU tensors, so that planning never waits for the
-device; page numbers go to the device, where the kernels read them.
+prefix as well. Decodes that all begin with the same pages (prefix caching lets requests share them) may be computed in two
+levels, a cascade: all queries together against the shared pages, which are read once, each against its own pages, and the
+two merged.
+
+Index arrays that `plan` reads on the host are given as CPU tensors, so that planning never waits for the device; they lie in
+pinned memory, so that copying them doesn't either. FlashInfer keeps one pinned buffer a wrapper for what planning finds out:
+the next plan waits until the device has copied it.
 """
 
-import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata
+from simple_flashinfer.kernels.flashinfer import library
 from simple_flashinfer.types import Int32Array
 
 _WORKSPACE_BYTES = 256 << 20
+_WRAPPER_BYTES = (8 << 20) + (128 << 10)  # each has buffers of its own for what planning finds out
 _HEAD_DIMS = (64, 128, 256)
 _MAX_PADDING_ROWS = 64  # in one decode graph
+_MIN_GRAPH_INDICES = 1 << 20  # pages of all requests of a graph: more than there are, since requests share them
 _TENSOR_CORE_GROUP = 4  # query heads per K/V head from which decode is faster on tensor cores
+# Bytes of K/V in one layer that a cascade does not read again. An H100 reads 3.35 TB/s: 64 MiB are 20 us, the time that two
+# more kernels and their launches may take; four times as much pays for launching all of a layer's kernels one by one, not
+# in a graph. Reckoned, not measured on a card.
+_CASCADE_BYTES = 64 << 20
+_CASCADE_INSTEAD_OF_GRAPH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,11 @@ class _Kind:
         )
 
     @property
+    def can_cascade(self) -> bool:
+        """In a window each request sees other parts of what is shared."""
+        return self.window_left < 0
+
+    @property
     def use_tensor_cores(self) -> bool:
         return self.num_qo_heads // self.num_kv_heads >= _TENSOR_CORE_GROUP
 
@@ -64,38 +83,61 @@ class _GraphPlan:
 
 
 class FlashInferBackend(AttentionBackend):
-    def _allocate(self) -> None:
-        import flashinfer
+    """cascade: whether decodes may be computed in two levels."""
 
-        self._flashinfer = flashinfer
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+        cascade: bool = True,
+    ) -> None:
+        self._cascade_is_on = cascade
+        super().__init__(
+            layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device, kv_dtype=kv_dtype
+        )  # fmt: skip
+
+    def _allocate(self) -> None:
+        self._flashinfer = library()
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         self._kinds = {index: _Kind.of(layer) for index, layer in self.layers.items()}
         self._prefill: dict[_Kind, Any] = {}
         self._decode: dict[_Kind, Any] = {}
+        self._cascades: dict[_Kind, Any] = {}
         for kind in dict.fromkeys(self._kinds.values()):
-            self._prefill[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
-            self._decode[kind] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._prefill[kind] = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+            self._decode[kind] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace,
                 "NHD",
                 use_tensor_cores=kind.use_tensor_cores,
             )
+            if self._cascade_is_on and kind.can_cascade:
+                self._cascades[kind] = self._flashinfer.MultiLevelCascadeAttentionWrapper(2, self._workspace, "NHD")
         self._graphs: dict[int, _GraphPlan] = {}
-        # the pages of all requests are distinct; the rest is for padding rows, which repeat the scratch page
-        self._graph_indices = torch.zeros(self.num_pages + _MAX_PADDING_ROWS, dtype=torch.int32, device=self.device)
+        # the rest is for padding rows, which repeat the scratch page
+        indices = max(self.num_pages, _MIN_GRAPH_INDICES) + _MAX_PADDING_ROWS
+        self._graph_indices = torch.zeros(indices, dtype=torch.int32, device=self.device)
+        self._copied: Any = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
         def pages(layer: AttentionLayer) -> torch.Tensor:
             shape = (self.num_pages + 1, 2, self.page_size, layer.num_kv_heads, layer.head_dim_qk)
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
 
         self._caches = {index: pages(layer) for index, layer in self.layers.items()}
+        # of K and V in one layer, for each kind that has cascades
+        self._page_bytes = {
+            self._kinds[index]: self.page_size * layer.bytes_per_token(self.kv_dtype) for index, layer in self.layers.items()
+        }
 
-    @staticmethod
-    def require_library() -> None:
-        if importlib.util.find_spec("flashinfer") is None:
-            raise ImportError(
-                "attention_backend flashinfer needs the package flashinfer-python; "
-                "install it with: pip install 'simple-flashinfer[cuda]'"
-            )
+    @classmethod
+    def workspace_bytes(cls, layers: Sequence[AttentionLayer], num_graphs: int) -> int:
+        kinds = {_Kind.of(layer) for layer in layers}
+        wrappers = sum(2 + 2 * kind.can_cascade + num_graphs for kind in kinds)
+        return _WORKSPACE_BYTES + wrappers * _WRAPPER_BYTES + 4 * _MIN_GRAPH_INDICES
 
     @classmethod
     def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:
@@ -111,26 +153,29 @@ class FlashInferBackend(AttentionBackend):
 
     def plan(self, metadata: AttentionMetadata) -> None:
         meta, decodes = metadata, metadata.num_decodes
+        self._await_copies()
+        host, device = self._upload(
+            meta.batch_indices, meta.positions, meta.kv_indices, meta.kv_indptr, meta.kv_last_page_len,
+            meta.qo_indptr[decodes:] - decodes, meta.kv_indptr[decodes:] - meta.kv_indptr[decodes],
+        )  # fmt: skip
+        names = ("batch_indices", "positions", "kv_indices", "kv_indptr", "kv_last_page_len")
+        self._append = dict(zip(names, device, strict=False))
         self._num_decodes = decodes
-        self._append = {
-            "batch_indices": self._on_device(meta.batch_indices),
-            "positions": self._on_device(meta.positions),
-            "kv_indices": self._on_device(meta.kv_indices),
-            "kv_indptr": self._on_device(meta.kv_indptr),
-            "kv_last_page_len": self._on_device(meta.kv_last_page_len),
-        }
-        indices = self._append["kv_indices"]
-        split = int(meta.kv_indptr[decodes])
-        self._running_decode = self._decode
+        _, _, _, kv_indptr, last_page_len, qo_indptr, prefill_indptr = host
+        indices, split = device[2], int(meta.kv_indptr[decodes])
         if decodes:
-            self._plan_decode(self._decode, meta, indices[:split])
+            cascades = self._cascades if self._saved_bytes(meta) >= _CASCADE_BYTES else {}
+            simple = {kind: wrapper for kind, wrapper in self._decode.items() if kind not in cascades}
+            self._plan_decode(simple, kv_indptr[: decodes + 1], indices[:split], last_page_len[:decodes])
+            self._plan_cascade(cascades, meta)
+            self._running_decode = {**simple, **cascades}
         for kind, wrapper in self._prefill.items():
             if decodes < len(meta.kv_lens):
                 wrapper.plan(
-                    torch.from_numpy(meta.qo_indptr[decodes:] - decodes),
-                    torch.from_numpy(meta.kv_indptr[decodes:] - split),
+                    qo_indptr,
+                    prefill_indptr,
                     indices[split:],
-                    torch.from_numpy(meta.kv_last_page_len[decodes:]),
+                    last_page_len[decodes:],
                     kind.num_qo_heads,
                     kind.num_kv_heads,
                     kind.head_dim,
@@ -140,16 +185,18 @@ class FlashInferBackend(AttentionBackend):
                     window_left=kind.window_left,
                     logits_soft_cap=kind.softcap,
                     q_data_type=self.dtype,
-                    kv_data_type=self.dtype,
+                    kv_data_type=self.kv_dtype,
                 )
+        self._note_copies()
 
-    def _plan_decode(self, wrappers: dict[_Kind, Any], meta: AttentionMetadata, indices: torch.Tensor) -> None:
-        """Plans the first num_decodes requests, whose pages are `indices`."""
+    def _plan_decode(
+        self, wrappers: dict[_Kind, Any], kv_indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
+    ) -> None:
         for kind, wrapper in wrappers.items():
             wrapper.plan(
-                torch.from_numpy(meta.kv_indptr[: meta.num_decodes + 1]),
+                kv_indptr,
                 indices,
-                torch.from_numpy(meta.kv_last_page_len[: meta.num_decodes]),
+                last_page_len,
                 kind.num_qo_heads,
                 kind.num_kv_heads,
                 kind.head_dim,
@@ -158,16 +205,62 @@ class FlashInferBackend(AttentionBackend):
                 logits_soft_cap=kind.softcap,
                 sm_scale=kind.scaling,
                 q_data_type=self.dtype,
-                kv_data_type=self.dtype,
+                kv_data_type=self.kv_dtype,
             )
 
+    def _plan_cascade(self, wrappers: dict[_Kind, Any], meta: AttentionMetadata) -> None:
+        """Two levels: the pages that all decodes share, as of one request with all the queries; and those of each."""
+        if not wrappers:
+            return
+        count, shared = meta.num_decodes, meta.num_shared_pages
+        each = np.arange(count + 1, dtype=np.int32)
+        kv_indptr = meta.kv_indptr[: count + 1]
+        own = [meta.kv_indices[start + shared : end] for start, end in pairwise(kv_indptr.tolist())]
+        host, device = self._upload(
+            np.array([0, count], np.int32), each,
+            np.array([0, shared], np.int32), kv_indptr - shared * each,
+            meta.kv_indices[:shared], np.concatenate(own),
+            np.array([self.page_size], np.int32), meta.kv_last_page_len[:count],
+        )  # fmt: skip
+        for kind, wrapper in wrappers.items():
+            wrapper.plan(
+                host[0:2],
+                host[2:4],
+                device[4:6],
+                host[6:8],
+                kind.num_qo_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                self.page_size,
+                sm_scale=kind.scaling,
+                logits_soft_cap=kind.softcap,
+                q_data_type=self.dtype,
+                kv_data_type=self.kv_dtype,
+            )
+
+    def _saved_bytes(self, meta: AttentionMetadata) -> int:
+        """Of K/V that a cascade of the decodes does not read again: in the layer where that is most."""
+        if not meta.num_shared_pages or not self._cascades:
+            return 0
+        return (meta.num_decodes - 1) * meta.num_shared_pages * max(self._page_bytes[kind] for kind in self._cascades)
+
+    def prefers_eager(self, metadata: AttentionMetadata) -> bool:
+        return (
+            len(metadata.kv_indices) > len(self._graph_indices) - _MAX_PADDING_ROWS
+            or self._saved_bytes(metadata) >= _CASCADE_INSTEAD_OF_GRAPH_BYTES
+        )
+
     def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+        self._await_copies()
         meta = metadata.padded(size, scratch_page=self.num_pages)
         graph = self._graphs.get(size)
         if graph is None:
             graph = self._graphs[size] = self._make_graph_plan(size)
-        graph.positions.copy_(torch.from_numpy(meta.positions))
-        self._plan_decode(graph.wrappers, meta, self._on_device(meta.kv_indices))  # fills the other buffers
+        (kv_indptr, last_page_len, _, _), (_, _, indices, positions) = self._upload(
+            meta.kv_indptr, meta.kv_last_page_len, meta.kv_indices, meta.positions
+        )
+        graph.positions.copy_(positions)
+        self._plan_decode(graph.wrappers, kv_indptr, indices, last_page_len)  # fills the other buffers
         self._append = {
             "batch_indices": graph.batch_indices,
             "positions": graph.positions,
@@ -177,6 +270,7 @@ class FlashInferBackend(AttentionBackend):
         }
         self._num_decodes = size
         self._running_decode = graph.wrappers
+        self._note_copies()
 
     def _make_graph_plan(self, size: int) -> "_GraphPlan":
         def buffer(length: int) -> torch.Tensor:
@@ -203,8 +297,9 @@ class FlashInferBackend(AttentionBackend):
     ) -> torch.Tensor:
         assert sinks is None  # refused at load
         kind, cache, decodes = self._kinds[layer_idx], self._caches[layer_idx], self._num_decodes
-        # the kernel checks neither bounds nor strides beyond the last: hand over what it expects
-        self._flashinfer.append_paged_kv_cache(k.contiguous(), v.contiguous(), paged_kv_cache=cache, **self._append)
+        # the kernel checks neither bounds nor what lies between numbers: hand over what it expects
+        k, v = (self._narrow(x if x.stride(-1) == 1 else x.contiguous()) for x in (k, v))
+        self._flashinfer.append_paged_kv_cache(k, v, paged_kv_cache=cache, **self._append)
         q = q.contiguous()
         if decodes == len(q):
             return self._running_decode[kind].run(q, cache)  # type: ignore[no-any-return]
@@ -213,8 +308,22 @@ class FlashInferBackend(AttentionBackend):
         return torch.cat([self._running_decode[kind].run(q[:decodes], cache), self._prefill[kind].run(q[decodes:], cache)])
 
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self._caches[layer_idx][pages].permute(1, 3, 0, 2, 4).flatten(2, 3)
+        k, v = self._caches[layer_idx][pages].to(self.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3)
         return k, v
 
-    def _on_device(self, array: Int32Array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+    def _upload(self, *arrays: Int32Array) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """int32 arrays, on the host and on the device, in one copy that nothing waits for."""
+        host = torch.from_numpy(np.concatenate(arrays))
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        sizes = [len(array) for array in arrays]
+        return list(torch.split(host, sizes)), list(torch.split(host.to(self.device, non_blocking=True), sizes))
+
+    def _await_copies(self) -> None:
+        """Of the last plan, out of pinned memory that the next one overwrites."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _note_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.record()

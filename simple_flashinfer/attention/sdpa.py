@@ -44,13 +44,13 @@ class SdpaBackend(AttentionBackend):
         def pages(layer: AttentionLayer, head_dim: int) -> torch.Tensor:
             shape = (self.num_pages, layer.num_kv_heads, self.page_size, head_dim)
             if self.device.type != "cpu":
-                return torch.zeros(shape, dtype=self.dtype, device=self.device)
+                return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
             # zeros that the system hands out when they are written to (torch's are written at once), much of it at a time
-            memory = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+            memory = mmap.mmap(-1, math.prod(shape) * self.kv_dtype.itemsize)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a system without huge pages
                     memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=self.dtype).view(shape)
+            return torch.frombuffer(memory, dtype=self.kv_dtype).view(shape)
 
         self._caches = {
             index: (pages(layer, layer.head_dim_qk), pages(layer, layer.head_dim_vo)) for index, layer in self.layers.items()
@@ -74,8 +74,11 @@ class SdpaBackend(AttentionBackend):
         layer = self.layers[layer_idx]
         k_cache, v_cache = self._caches[layer_idx]
         # a masked key has weight 0, but 0 * NaN is NaN: what one request computes wrongly must not stay for others
-        k_cache[self._append_pages, :, self._append_offsets] = k.nan_to_num(0, 0, 0)
-        v_cache[self._append_pages, :, self._append_offsets] = v.nan_to_num(0, 0, 0)
+        kept_k, kept_v = (self._narrow(x.nan_to_num(0, 0, 0)) for x in (k, v))
+        k_cache[self._append_pages, :, self._append_offsets] = kept_k
+        v_cache[self._append_pages, :, self._append_offsets] = kept_v
+        if self.kv_dtype != self.dtype:  # a prompt attends to what later tokens will find, whole or in chunks
+            k, v = kept_k.to(self.dtype), kept_v.to(self.dtype)
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._groups[layer.sliding_window] = self._make_groups(layer.sliding_window)
@@ -128,10 +131,11 @@ class SdpaBackend(AttentionBackend):
             head = torch.arange(heads, device=self.device)[None, :, None]
             index = group.head_pages[heads] = (group.pages[:, None] * heads + head).flatten()
         batch, num_pages = group.pages.shape
-        return cache.view(-1, size * dim).index_select(0, index).view(batch, heads, num_pages * size, dim)
+        gathered = cache.view(-1, size * dim).index_select(0, index).view(batch, heads, num_pages * size, dim)
+        return gathered.to(self.dtype)
 
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (cache[pages].transpose(0, 1).flatten(1, 2) for cache in self._caches[layer_idx])
+        k, v = (cache[pages].to(self.dtype).transpose(0, 1).flatten(1, 2) for cache in self._caches[layer_idx])
         return k, v
 
     # -- grouping, once for each sliding window of the model -----------------------------------------------------------

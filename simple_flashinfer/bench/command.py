@@ -34,7 +34,7 @@ def bench(argv: Sequence[str]) -> None:
     core, info = build_engine(config, resolve_model(config))
     assert isinstance(core.executor, ModelRunner)
     model, backend = core.executor.model, core.executor.backend
-    costs = CostModel(model, list(backend.layers.values()), backend.dtype)
+    costs = CostModel(model, list(backend.layers.values()), backend.kv_dtype)
     workload = Workload(config, core, info, StepWatch(core, costs))
     machine = describe(device, next(model.parameters()).dtype, bandwidth)
 

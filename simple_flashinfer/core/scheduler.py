@@ -159,7 +159,6 @@ class Scheduler:
         rows, num_scheduled = rows[order], num_scheduled[order]
         batch = SchedulerOutput(
             rows=rows,
-            arrivals=self._arrival[rows],
             num_scheduled_tokens=num_scheduled,
             num_computed_tokens=table.num_computed_tokens[rows],
             num_decodes=int((num_scheduled == 1).sum()),
@@ -170,6 +169,7 @@ class Scheduler:
             ]
             if self._unannounced
             else [],
+            arrivals=self._arrival[rows],
         )
         table.num_computed_tokens[rows] += num_scheduled
         drawing = rows[batch.samples]

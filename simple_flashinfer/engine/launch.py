@@ -8,9 +8,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from simple_flashinfer.attention import AttentionBackend, AttentionLayer
     from simple_flashinfer.kernels.cpu import CpuKernels
+    from simple_flashinfer.kernels.cuda import CudaKernels
+    from simple_flashinfer.model.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +88,7 @@ def _build_engine(
 ) -> tuple[EngineCore, EngineInfo]:
     import torch
 
-    from simple_flashinfer.attention import UnsupportedLayerError
-    from simple_flashinfer.model.fuse import fuse
-    from simple_flashinfer.model.fused_layers import fuse_layers
+    from simple_flashinfer.attention import UnsupportedLayerError, backend_class
     from simple_flashinfer.model.kv_storage import gib, page_bytes, plan_pages
     from simple_flashinfer.model.loader import load_model
     from simple_flashinfer.model.runner import ModelRunner
@@ -99,24 +99,28 @@ def _build_engine(
     overlap = device.type == "cuda" if config.overlap is None else config.overlap
     _check_quantization(config, device)
     try:
-        loaded = load_model(path, config, device)
+        with _memory_for("the weights", "choose a smaller --model, or --torch_dtype bfloat16 where they are float32"):
+            loaded = load_model(path, config, device)
         phases.end("load")
         if device.type == "cpu":
             torch.set_num_threads(num_threads(loaded.weight_bytes))
             _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
         if config.fuse and not config.torch_compile:
-            kernels = _cpu_kernels(config, device, model_dtype)
-            fuse(loaded.model, partial(kernels.pack, int8=config.quantization == "int8") if kernels else None)
-            if kernels:
-                fuse_layers(loaded.model, model_dtype, kernels, loaded.max_model_len)
+            with _memory_for("the weights once more", "try --fuse false, which joins no matrices, or a smaller --model"):
+                _fuse(config, loaded, device, model_dtype)
             phases.end("fuse")
         runner = ModelRunner(loaded, device, config.max_sequence, overlap, worker, config.torch_profiling)
-        layers, reserve = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
-        name, dtype = _attention(config, device, model_dtype, layers)
-        bytes_per_page = page_bytes(layers, config.page_size, dtype)
+        with _memory_for("a step of the largest size", "lower --max_num_batched_tokens or --max_sequence"):
+            layers, step_bytes = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
+        name, dtype, kv_dtype = _attention(config, device, model_dtype, layers)
+        bytes_per_page = page_bytes(layers, config.page_size, kv_dtype)
+        row_bytes = int(loaded.text_config.vocab_size) * model_dtype.itemsize
+        num_graphs, graph_bytes = _graphs(config, step_bytes, row_bytes) if cuda_graph else (0, 0)
+        reserve = step_bytes + graph_bytes + backend_class(name).workspace_bytes(layers, num_graphs)
         num_pages, max_model_len = plan_pages(config, bytes_per_page, device, loaded.max_model_len, reserve)
-        runner.use_backend(_make_backend(config, name, layers, num_pages, dtype, device))
+        with _memory_for("the KV cache", "lower --memory_utilization or --kv_cache_memory"):
+            runner.use_backend(_make_backend(config, name, layers, num_pages, dtype, kv_dtype, device))
     except (UnsupportedLayerError, ImportError) as error:
         raise ConfigError(f"--model {config.model}: {error}") from error
     if config.torch_compile:
@@ -143,7 +147,9 @@ def _build_engine(
     )  # fmt: skip
     if config.quantization != "none":
         logger.info("Linear layers: their weights rounded to %s", config.quantization)
-    logger.info("Attention: %s in %s, %d layers", name, _name(dtype), len(layers))
+    logger.info(
+        "Attention: %s in %s, K and V kept in %s, %d layers", name, _name(dtype), _name(kv_dtype), len(layers)
+    )  # fmt: skip
     logger.info(
         "KV cache: %d pages of %d tokens = %d tokens in %s; %.1f sequences of max_model_len %d fit",
         num_pages, config.page_size, num_pages * config.page_size, gib(num_pages * bytes_per_page),
@@ -158,6 +164,17 @@ def _build_engine(
         eos_token_ids=loaded.eos_token_ids,
     )
     return EngineCore(scheduler, runner, overlap, check_when_idle=config.loglevel == "debug"), info
+
+
+def _fuse(config: Config, loaded: "LoadedModel", device: "torch.device", dtype: "torch.dtype") -> None:
+    from simple_flashinfer.model.fuse import fuse
+    from simple_flashinfer.model.fused_layers import fuse_layers
+
+    packing = _cpu_kernels(config, device, dtype)
+    fuse(loaded.model, partial(packing.pack, int8=config.quantization == "int8") if packing else None)
+    if kernels := packing or _cuda_kernels(config, device, dtype):
+        longest = max(config.max_model_len or loaded.max_model_len, config.max_num_batched_tokens)
+        fuse_layers(loaded.model, dtype, kernels, min(longest, loaded.max_model_len))
 
 
 def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CpuKernels | None":
@@ -175,6 +192,16 @@ def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -
         return None
 
 
+def _cuda_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CudaKernels | None":
+    from simple_flashinfer.kernels import cuda
+
+    # sdpa is plain torch, all of it: what is left when FlashInfer is missing, or suspected
+    if device.type != "cuda" or config.attention_backend == "sdpa" or not cuda.supports(dtype):
+        return None
+    logger.info("Loading FlashInfer's kernels; those that this machine has not used before are compiled, for minutes")
+    return cuda.cuda_kernels()
+
+
 def _keep_memory() -> None:
     """Asks glibc not to give large blocks back: a step frees and takes megabytes, and new memory costs a fault a page.
 
@@ -184,6 +211,29 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+
+
+@contextmanager
+def _memory_for(what: str, hint: str) -> Iterator[None]:
+    """The device's running out of memory, in a sentence."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the device has too little free memory for {what}; {hint}") from error
+
+
+def _graphs(config: Config, step_bytes: int, row_bytes: int) -> tuple[int, int]:
+    """How many batch sizes CUDA graphs may be recorded for, and bytes that they keep.
+
+    Each keeps its logits, of row_bytes a request; the memory in between is one pool for all, as large as the largest needs.
+    """
+    from simple_flashinfer.model.cuda_graph import DecodeGraphs
+
+    sizes = {DecodeGraphs.size_of(count) for count in range(1, config.max_sequence + 1)}
+    share = min(1.0, max(sizes) / config.max_num_batched_tokens)
+    return len(sizes), sum(sizes) * row_bytes + int(step_bytes * share)
 
 
 def _uses_graphs(config: Config, device: "torch.device") -> bool:
@@ -214,8 +264,8 @@ def _check_quantization(config: Config, device: "torch.device") -> None:
 
 def _attention(
     config: Config, device: "torch.device", model_dtype: "torch.dtype", layers: "list[AttentionLayer]"
-) -> tuple[str, "torch.dtype"]:
-    """Which backend, and the dtype of attention and KV cache."""
+) -> tuple[str, "torch.dtype", "torch.dtype"]:
+    """Which backend, the dtype of attention, and the dtype in which K and V are kept."""
     import torch
 
     name = config.attention_backend
@@ -226,17 +276,24 @@ def _attention(
         dtype = getattr(torch, config.torch_dtype_autocast)
     elif name in ("auto", "flashinfer") and device.type == "cuda" and model_dtype == torch.float32:
         dtype = torch.bfloat16
+    narrow = config.kv_cache_dtype == "fp8"
+    if narrow and name == "cpu":
+        raise ConfigError("--kv_cache_dtype fp8 is not for --attention_backend cpu; use --attention_backend sdpa")
+    kv_dtype = torch.float8_e4m3fn if narrow else dtype
     if name != "auto":
-        return name, dtype
+        return name, dtype, kv_dtype
     if device.type == "cuda":
-        return "flashinfer", dtype
+        return "flashinfer", dtype, kv_dtype
+    if narrow:
+        logger.warning("Attention in plain torch, which is slower: the kernels for the CPU can't read --kv_cache_dtype fp8")
+        return "sdpa", dtype, kv_dtype
     from simple_flashinfer.attention.cpu import CpuBackend
 
     for layer in layers:
         if reason := CpuBackend.unsupported(layer, dtype):
             logger.warning("Attention in plain torch, which is slower: layer %d of the model %s", layer.layer_idx, reason)
-            return "sdpa", dtype
-    return "cpu", dtype
+            return "sdpa", dtype, kv_dtype
+    return "cpu", dtype, kv_dtype
 
 
 def _make_backend(
@@ -245,12 +302,16 @@ def _make_backend(
     layers: "list[AttentionLayer]",
     num_pages: int,
     dtype: "torch.dtype",
+    kv_dtype: "torch.dtype",
     device: "torch.device",
 ) -> "AttentionBackend":
     from simple_flashinfer.attention import backend_class
     from simple_flashinfer.attention.compare import ComparingBackend
 
-    backend = backend_class(name)(layers, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    options = {"cascade": config.cascade} if name == "flashinfer" else {}
+    backend = backend_class(name)(
+        layers, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device, kv_dtype=kv_dtype, **options
+    )
     return ComparingBackend(backend) if config.compare_sdpa_prefill else backend
 
 

@@ -1,1 +1,1 @@
-"""Small kernels beside what torch and FlashInfer bring, written for this project: for the CPU, in C++."""
+"""Small kernels beside torch's and those of attention: for the CPU in C++, made for this project; for CUDA FlashInfer's."""

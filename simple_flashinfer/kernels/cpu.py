@@ -64,6 +64,8 @@ def _pack(weight: torch.Tensor, pair: int) -> torch.Tensor:
 class CpuKernels:
     """Those between and in the matmuls, for one dtype. All tensors are on the CPU, in that dtype. Raises CompileError."""
 
+    rope_needs_equal_halves = False
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         with ThreadPoolExecutor() as pool:  # of compilers
@@ -103,10 +105,15 @@ class CpuKernels:
         self._silu_and_mul(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
         return out
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [1, heads, T, dim], its last dimension without gaps; cos, sin [1, T, dim], without gaps; the halves of x turn
-        against each other. Returns [1, heads, T, dim], in memory with the heads of a token side by side.
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k [1, heads, T, dim], their last dimension without gaps; cos, sin [1, T, dim], without gaps; the halves of q
+        and k turn against each other. Returns the shapes of q and k, in memory with the heads of a token side by side.
         """
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         _, heads, tokens, dim = x.shape
         _, head_stride, token_stride, _ = x.stride()
         out = x.new_empty(1, tokens, heads, dim)

@@ -25,6 +25,7 @@ def gib(num_bytes: float) -> str:
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the device, or of the machine within the container's limit."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later use is not taken
         return int(torch.cuda.mem_get_info(device)[0])
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -45,7 +46,7 @@ def page_bytes(layers: Sequence[AttentionLayer], page_size: int, dtype: torch.dt
 
 
 def plan_pages(config: Config, bytes_per_page: int, device: torch.device, model_len: int, reserve: int) -> tuple[int, int]:
-    """(num_pages, max_model_len). `reserve` bytes stay free for activations.
+    """(num_pages, max_model_len). `reserve` bytes stay free for activations, workspaces and CUDA graphs.
 
     The pool is never larger than max_sequence requests of full length can use. Raises ConfigError, with the amount that is
     missing and the flag to change, when a request of the length that was asked for would not fit.
@@ -57,12 +58,20 @@ def plan_pages(config: Config, bytes_per_page: int, device: torch.device, model_
     pages_per_request = -(-wanted_len // config.page_size)
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory
-        if budget > free:
+        if budget > free - reserve:
+            beside = f" beside {gib(reserve)} for the largest step" if reserve else ""
             raise ConfigError(
-                f"--kv_cache_memory {gib(budget)} is {gib(budget - free)} more than the {gib(free)} that are free"
+                f"--kv_cache_memory {gib(budget)} is {gib(budget + reserve - free)} more than the "
+                f"{gib(max(free - reserve, 0))} that are free{beside}"
             )
     else:
         budget = int(free * config.memory_utilization) - reserve
+        if reserve and budget < bytes_per_page:
+            raise ConfigError(
+                f"a step of the largest size takes {gib(reserve)}, which leaves nothing of --memory_utilization "
+                f"{config.memory_utilization:g} of the {gib(free)} that are free for a KV cache; lower "
+                "--max_num_batched_tokens or --max_sequence, or raise --memory_utilization"
+            )
         if device.type == "cpu":
             budget = min(budget, _CPU_DEFAULT)
     num_pages = min(budget // bytes_per_page, config.max_sequence * pages_per_request)

@@ -164,7 +164,7 @@ class ModelRunner:
     def _run_model(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Logits to draw from [S, V], those asked of prompts [P, V], the likeliest tokens [S] if they are there already."""
         metadata = inputs.metadata
-        if self._graphs is not None and inputs.only_decodes:
+        if self._graphs is not None and inputs.only_decodes and not self.backend.prefers_eager(metadata):
             logits, tokens = self._graphs.run(metadata, inputs.token_ids, inputs.rows)
             return logits, logits[:0], tokens
         self.backend.plan(metadata)

@@ -5,12 +5,15 @@ dtype, shape, device and range is checked, so that whatever the backend builds i
 """
 
 import importlib.machinery
+import math
 import sys
 import types
 
 import torch
+from torch.nn.functional import silu
 
 FLOATS = (torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
 
 
 def install(monkeypatch) -> types.ModuleType:
@@ -18,7 +21,11 @@ def install(monkeypatch) -> types.ModuleType:
     module.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
     module.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
     module.BatchDecodeWithPagedKVCacheWrapper = BatchDecodeWithPagedKVCacheWrapper
+    module.MultiLevelCascadeAttentionWrapper = MultiLevelCascadeAttentionWrapper
     module.append_paged_kv_cache = append_paged_kv_cache
+    module.rmsnorm = rmsnorm
+    module.silu_and_mul = silu_and_mul
+    module.apply_rope_with_cos_sin_cache = apply_rope_with_cos_sin_cache
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     return module
 
@@ -30,6 +37,14 @@ def _check_int32(name: str, x: torch.Tensor, length: int | None = None) -> torch
     assert x.is_contiguous(), name
     assert length is None or len(x) == length, f"{name} must have {length} entries, not {len(x)}"
     return x.cpu()
+
+
+def _check_loads(name: str, x: torch.Tensor) -> None:
+    """Kernels load as many numbers at once as 16 bytes hold and a row is a multiple of."""
+    vector = math.gcd(16 // x.element_size(), x.shape[-1])
+    assert x.stride(-1) == 1, f"{name} has gaps between numbers"
+    assert x.storage_offset() % vector == 0, f"{name} starts between two loads"
+    assert all(stride % vector == 0 for stride in x.stride()[:-1]), f"rows of {name} start between two loads"
 
 
 def _check_pages(indptr, indices, last_page_len, page_size: int) -> None:
@@ -71,7 +86,8 @@ def append_paged_kv_cache(
     for name, x in (("append_key", append_key), ("append_value", append_value)):
         assert x.dtype == paged_kv_cache.dtype, f"{name} is {x.dtype}: the kernel would read it as {paged_kv_cache.dtype}"
         assert x.shape == (num_tokens, *paged_kv_cache.shape[3:]), name
-        assert x.is_contiguous(), name
+        assert x.dim() == 3, name
+        _check_loads(name, x)
     assert (kv_indices < len(paged_kv_cache)).all(), "page number beyond the cache"
     lengths = (kv_indptr.diff() - 1) * page_size + kv_last_page_len
     for i, (request, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
@@ -82,25 +98,81 @@ def append_paged_kv_cache(
         paged_kv_cache[page, 1, position % page_size] = append_value[i]
 
 
-class _Wrapper:
-    causal = True
+def rmsnorm(input, weight, eps=1e-6, out=None, enable_pdl=None) -> torch.Tensor:
+    assert input.dim() in (2, 3), "rows, or rows of heads"
+    assert weight.dim() == 1
+    assert len(weight) == input.shape[-1]
+    assert weight.device == input.device
+    assert input.dtype == weight.dtype
+    assert input.dtype in FLOATS
+    assert isinstance(eps, float)
+    out = torch.empty_like(input) if out is None else out
+    assert out.shape == input.shape
+    assert out.dtype == input.dtype
+    for name, x in (("input", input), ("out", out), ("weight", weight)):
+        _check_loads(name, x)
+    x = input.float()
+    return out.copy_(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float())
 
+
+def silu_and_mul(input, out=None, enable_pdl=None) -> torch.Tensor:
+    assert input.shape[-1] % 2 == 0
+    assert input.dtype in FLOATS
+    assert input.is_contiguous(), "the kernel takes no strides"
+    assert input.numel(), "a launch of no blocks fails"
+    gate, up = input.float().chunk(2, -1)
+    result = (silu(gate) * up).to(input.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def apply_rope_with_cos_sin_cache(positions, query, key, head_size, cos_sin_cache, is_neox=True):
+    assert cos_sin_cache.dtype == torch.float32, "cos_sin_cache should be float32"
+    assert cos_sin_cache.dim() == 2
+    assert cos_sin_cache.is_contiguous()
+    assert cos_sin_cache.shape[1] <= head_size
+    assert cos_sin_cache.shape[1] % 2 == 0
+    assert positions.dtype in (torch.int32, torch.int64)
+    assert positions.shape == (len(query),) == (len(key),)
+    assert positions.is_contiguous()
+    assert ((positions >= 0) & (positions < len(cos_sin_cache))).all(), "position beyond the table"
+    assert query.dtype == key.dtype
+    assert query.dtype in FLOATS
+    assert is_neox
+    cos, sin = cos_sin_cache[positions.long()].chunk(2, -1)
+    results = []
+    for name, x in (("query", query), ("key", key)):
+        assert x.dim() == 2, name
+        assert x.device == cos_sin_cache.device == positions.device
+        _check_loads(name, x)
+        heads = x.view(len(x), -1, head_size).float()
+        turning, rest = heads.split([2 * cos.shape[1], head_size - 2 * cos.shape[1]], -1)
+        a, b = turning.chunk(2, -1)
+        turned = [a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None], rest]
+        results.append(torch.cat(turned, -1).to(x.dtype).flatten(1))
+    return tuple(results)
+
+
+class _Wrapper:
     def _plan(
-        self, qo_indptr, kv_indptr, kv_indices, last_page_len, heads, kv_heads, dim, page_size, dtypes, window, cap, scale
-    ):
+        self, qo_indptr, kv_indptr, kv_indices, last_page_len, heads, kv_heads, dim, page_size, dtypes, window, cap, scale,
+        causal=True,
+    ):  # fmt: skip
         _check_pages(kv_indptr, kv_indices, last_page_len, page_size)
         assert kv_indptr.device.type == last_page_len.device.type == "cpu", "planning would wait for the device"
         assert kv_indptr[-1] == len(kv_indices), "prefill kernels take exactly the pages of their requests"
         assert heads % kv_heads == 0
         assert dim in (64, 128, 256), "no kernel for this head_dim"
-        assert all(dtype in FLOATS for dtype in dtypes), "attention kernels are for 16 bit"
+        q_dtype, kv_dtype = dtypes
+        assert q_dtype in FLOATS, "attention kernels are for 16 bit"
+        assert kv_dtype in (q_dtype, FLOAT8), "with K and V of the same, or of 8"
         assert isinstance(window, int)
         assert window >= -1
         assert cap is None or cap >= 0
         self.plan_of = (qo_indptr, kv_indptr, kv_indices.clone(), last_page_len, heads, kv_heads, dim, page_size)
         self.options = (dtypes, window, cap or 0.0, scale if scale is not None else dim**-0.5)
+        self.causal = causal
 
-    def _run(self, q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    def _run(self, q: torch.Tensor, cache: torch.Tensor, return_lse: bool = False):
         qo_indptr, kv_indptr, kv_indices, last_page_len, heads, kv_heads, dim, page_size = self.plan_of
         (q_dtype, kv_dtype), window, cap, scale = self.options
         assert q.dtype == q_dtype
@@ -108,7 +180,7 @@ class _Wrapper:
         assert q.is_contiguous()
         _check_cache(cache, page_size, kv_heads, dim, kv_dtype)
         assert (kv_indices < len(cache)).all()
-        out = torch.empty_like(q)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         for i in range(len(last_page_len)):
             pages = kv_indices[kv_indptr[i] : kv_indptr[i + 1]].long()
             length = (len(pages) - 1) * page_size + int(last_page_len[i])
@@ -118,12 +190,13 @@ class _Wrapper:
             if cap > 0:
                 scores = cap * torch.tanh(scores / cap)
             distance = torch.arange(length - (end - start), length)[:, None] - torch.arange(length)
-            hidden = distance < 0
+            hidden = (distance < 0) & self.causal
             if window >= 0:
                 hidden |= distance > window
-            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            out[start:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
-        return out
+            scores = scores.masked_fill(hidden, -torch.inf)
+            out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+            lse[start:end] = scores.logsumexp(-1).T * math.log2(math.e)
+        return (out, lse) if return_lse else out
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
@@ -170,7 +243,62 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         )  # fmt: skip
 
     def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
-        return self._run(q, paged_kv_cache)
+        return self._run(q, paged_kv_cache, return_lse)
+
+
+class MultiLevelCascadeAttentionWrapper:
+    def __init__(self, num_levels, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert kv_layout == "NHD"
+        assert not use_cuda_graph
+        self.levels = [_Wrapper() for _ in range(num_levels)]
+
+    def plan(
+        self,
+        qo_indptr_arr,
+        paged_kv_indptr_arr,
+        paged_kv_indices_arr,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        causal=False,
+        pos_encoding_mode="NONE",
+        use_fp16_qk_reduction=False,
+        sm_scale=None,
+        window_left=-1,
+        logits_soft_cap=None,
+        rope_scale=None,
+        rope_theta=None,
+        q_data_type="float16",
+        kv_data_type=None,
+    ) -> None:
+        assert not use_fp16_qk_reduction
+        assert pos_encoding_mode == "NONE"
+        assert window_left == -1, "the first level does not know where the queries stand"
+        arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
+        assert all(isinstance(array, list) and len(array) == len(self.levels) for array in arrays)
+        assert len({int(qo_indptr[-1]) for qo_indptr in qo_indptr_arr}) == 1, "all levels have all queries"
+        for level, qo_indptr, kv_indptr, kv_indices, last in zip(self.levels, *arrays, strict=True):
+            lengths = _check_int32("qo_indptr", qo_indptr, len(kv_indptr)).diff()
+            assert qo_indptr.device.type == "cpu"
+            assert qo_indptr[0] == 0
+            assert (lengths >= 1).all()
+            level._plan(
+                qo_indptr, kv_indptr, kv_indices, last, num_qo_heads, num_kv_heads, head_dim, page_size,
+                (q_data_type, kv_data_type or q_data_type), window_left, logits_soft_cap, sm_scale,
+                causal and level is self.levels[-1],
+            )  # fmt: skip
+
+    def run(self, q, paged_kv_cache):
+        out, lse = self.levels[-1]._run(q, paged_kv_cache, return_lse=True)
+        for level in self.levels[:-1]:
+            other, other_lse = level._run(q, paged_kv_cache, return_lse=True)
+            weight = torch.sigmoid((lse - other_lse) * math.log(2))[..., None]
+            out = (out.float() * weight + other.float() * (1 - weight)).to(q.dtype)
+            lse = torch.logaddexp2(lse, other_lse)
+        return out
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):

@@ -45,9 +45,9 @@ def make_backend(request, monkeypatch):
     if name == "flashinfer" and not device:
         fake_flashinfer.install(monkeypatch)
 
-    def make(layers, page_size, dtype, num_pages=200):
-        where = torch.device(device or "cpu")
-        return backend_class(name)(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=where)
+    def make(layers, page_size, dtype, num_pages=200, **options):
+        options = {"num_pages": num_pages, "page_size": page_size, "dtype": dtype, **options}
+        return backend_class(name)(layers, device=torch.device(device or "cpu"), **options)
 
     make.name = name
     return make
@@ -97,7 +97,7 @@ def reference(layer, q, k, v, computed, sinks=None):
     return out
 
 
-def check_step(backend, layer, before, added, dtype, generator, tolerance, sinks=None):
+def check_step(backend, layer, before, added, dtype, generator, tolerance, sinks=None, kept=lambda x: x):
     batch = make_batch(before, added, backend.page_size, generator)
     torch.manual_seed(int(generator.integers(1 << 30)))
     total = sum(batch.lengths)
@@ -130,7 +130,7 @@ def check_step(backend, layer, before, added, dtype, generator, tolerance, sinks
     out = run(backend, layer, batch.output, queries, keys[picked], values[picked], sinks)
     offset = 0
     for start, computed, new in zip(starts, before, added, strict=True):
-        k, v = (x[start : start + computed + new] for x in (keys, values))
+        k, v = (kept(x[start : start + computed + new]) for x in (keys, values))
         expected = reference(layer, queries[offset : offset + new], k, v, computed, sinks)
         torch.testing.assert_close(out[offset : offset + new].double(), expected, atol=tolerance, rtol=tolerance)
         offset += new
@@ -161,6 +161,33 @@ def test_sixteen_bit(make_backend):
     for dtype in (torch.float16, torch.bfloat16):
         backend = make_backend([LAYERS["plain"]], 16, dtype)
         check_step(backend, LAYERS["plain"], *STEPS["mixed"], dtype, np.random.default_rng(3), 2e-2)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", ["plain", "window and softcap"])
+def test_keys_and_values_kept_in_eight_bits(make_backend, name, step):
+    """As if they had been rounded before, and nothing else."""
+    if make_backend.name == "cpu":
+        pytest.skip("its kernels read what they compute in")
+    backend = make_backend([LAYERS[name]], 16, torch.bfloat16, kv_dtype=torch.float8_e4m3fn)
+    generator = np.random.default_rng(9)
+    kept = lambda x: x.to(torch.float8_e4m3fn).to(x.dtype)  # noqa: E731
+    check_step(backend, LAYERS[name], *STEPS[step], torch.bfloat16, generator, 2e-2, kept=kept)
+
+
+def test_what_eight_bits_can_not_hold_becomes_their_largest(make_backend):
+    if make_backend.name == "cpu":
+        pytest.skip("its kernels read what they compute in")
+    layer = LAYERS["plain"]
+    backend = make_backend([layer], 16, torch.bfloat16, kv_dtype=torch.float8_e4m3fn)
+    batch = make_batch([0], [4], 16, np.random.default_rng(10))
+    k = torch.tensor([1e30, -500, 448, 0.1])[:, None, None].expand(4, 2, 64)
+    run(backend, layer, batch.output, torch.zeros(4, 6, 64), k, -k, None)
+    page = torch.tensor([batch.table.page_table[batch.output.rows[0], 0]], device=backend.device)
+    expected = torch.tensor([448, -448, 448, 0.1015625])
+    for cache, sign in zip(backend.gather(0, page), (1, -1), strict=True):
+        assert cache.dtype == torch.bfloat16
+        assert torch.equal(cache[1, :4, 7].cpu().float(), sign * expected)
 
 
 @pytest.fixture(params=["sdpa", "cpu"])

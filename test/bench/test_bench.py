@@ -46,9 +46,7 @@ def batch(*requests, drawn=None):
     computed, scheduled = (np.array(column, np.int32) for column in zip(*requests, strict=True))
     samples = np.array(drawn if drawn is not None else [True] * len(requests))
     rows = np.arange(len(requests), dtype=np.int32)
-    return SchedulerOutput(
-        rows, rows.astype(np.int64), scheduled, computed, 0, samples, RequestTable(len(requests), 512, 16)
-    )
+    return SchedulerOutput(rows, scheduled, computed, 0, samples, RequestTable(len(requests), 512, 16))
 
 
 def cost_model(path, **settings):

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -14,17 +13,19 @@ from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.config import ConfigError
 from simple_flashinfer.kernels.compiler import compiler
 from simple_flashinfer.kernels.cpu import cpu_kernels
+from simple_flashinfer.kernels.cuda import CudaKernels
 from simple_flashinfer.model.fuse import FusedLinear, FusedPart, fuse
 from simple_flashinfer.model.fused_layers import fuse_layers
+from test.attention import fake_flashinfer
 from test.conftest import ARCHITECTURES, OUTPUT_LENGTH
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
 
-def fused_copy(model, dtype, int8=False):
+def fused_copy(model, dtype):
     fused, kernels = copy.deepcopy(model), cpu_kernels(dtype)
-    fuse(fused, partial(kernels.pack, int8=int8))
+    fuse(fused, kernels.pack)
     fuse_layers(fused, dtype, kernels, 512)
     return fused
 
@@ -37,16 +38,45 @@ def test_logits_are_the_same(name, dtype):
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=dtype).eval()
     fused = fused_copy(model, dtype)
     assert not [n for n, m in fused.named_modules() if type(m) is nn.Linear], "every projection is packed"
-    kinds = {type(module).__name__ for module in fused.modules()}
-    assert ("FusedRMSNorm" in kinds) == (name != "gemma2"), "gemma's norm is 1 + weight"
-    assert ("FusedMLP" in kinds) == (name not in ("gemma2", "mixtral")), "gemma's gate is a GELU, mixtral's MLPs are experts"
-    assert "RotaryTable" in kinds
-    assert all("forward" in vars(m) for n, m in fused.named_modules() if n.endswith("self_attn")), "its rope is fused"
+    check_modules(name, fused)
     ids = torch.randint(2, 512, (1, 37))
     with torch.inference_mode():
         expected, got = model(ids, use_cache=False).logits, fused(ids, use_cache=False).logits
     scale = expected.float().abs().max()
     assert (expected.float() - got.float()).abs().max() < scale * TOLERANCE[dtype]
+
+
+def check_modules(name, fused):
+    kinds = {type(module).__name__ for module in fused.modules()}
+    assert ("FusedRMSNorm" in kinds) == (name != "gemma2"), "gemma's norm is 1 + weight"
+    assert ("FusedMLP" in kinds) == (name not in ("gemma2", "mixtral")), "gemma's gate is a GELU, mixtral's MLPs are experts"
+    assert "RotaryTable" in kinds
+    assert all("forward" in vars(m) for n, m in fused.named_modules() if n.endswith("self_attn")), "its rope is fused"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_the_same_with_flashinfer(monkeypatch, name, dtype, device):
+    """On a CUDA device, or over the stand-in."""
+    if device == "cpu":
+        fake_flashinfer.install(monkeypatch)
+    torch.manual_seed(0)
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.head_dim = 64
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    fuse_layers(fused, dtype, CudaKernels(), 512)
+    check_modules(name, fused)
+    ids = torch.randint(2, 512, (1, 37)).to(device)
+    with torch.inference_mode():
+        exact, plain, got = (m(ids, use_cache=False).logits.float() for m in (copy.deepcopy(model).float(), model, fused))
+    # kernels round once where a chain of operators rounds after each: as far from float32 as that, or nearer; the median
+    # token, since a rounding may send one to another expert
+    assert not torch.equal(got, plain)
+    errors = [(logits - exact).norm(dim=-1).median() for logits in (got, plain)]
+    assert errors[0] < 1.2 * errors[1]
 
 
 @needs_compiler
@@ -143,6 +173,45 @@ def test_it_can_be_switched_off(checkpoint, name):
         model.prompts, SamplingParams(temperature=0, max_tokens=OUTPUT_LENGTH, ignore_eos=True), use_tqdm=False
     )
     assert [output.token_ids for output in outputs] == model.expected
+
+
+def test_rope_whose_halves_may_differ_is_not_given_to_a_kernel_that_reads_one(monkeypatch):
+    fake_flashinfer.install(monkeypatch)
+
+    class Unequal(nn.Module):
+        def forward(self, x, position_ids):
+            angles = position_ids[..., None] * torch.arange(16) / 10
+            return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    class Unknown(Unequal):
+        def forward(self, x, position_ids, layer_type):
+            return super().forward(x, position_ids)
+
+    for rotary, turned in ((None, True), (Unequal(), False), (Unknown(), False)):
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"], dtype=torch.bfloat16).eval()
+        if rotary is not None:
+            model.model.rotary_emb = rotary
+        fuse_layers(model, torch.bfloat16, CudaKernels(), 64)
+        assert ("forward" in vars(model.model.layers[0].self_attn)) == turned
+
+
+def test_the_table_of_a_forward_pass_is_made_once_for_all_layers(monkeypatch):
+    fake = fake_flashinfer.install(monkeypatch)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["qwen3"], dtype=torch.bfloat16).eval()
+    fuse(model)
+    fuse_layers(model, torch.bfloat16, CudaKernels(), 64)
+    tables, apply = [], fake.apply_rope_with_cos_sin_cache
+    monkeypatch.setattr(
+        fake, "apply_rope_with_cos_sin_cache", lambda *args, **options: tables.append(args[4]) or apply(*args, **options)
+    )
+    ids = torch.randint(2, 512, (1, 7))
+    with torch.inference_mode():
+        first = model(ids, use_cache=False).logits
+        second = model(ids, position_ids=torch.arange(20, 27)[None], use_cache=False).logits
+    assert [table is tables[0] for table in tables] == [True, True, False, False]
+    assert torch.equal(first, model(ids, use_cache=False).logits)
+    assert first.shape == second.shape
 
 
 @needs_compiler

@@ -7,10 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from simple_flashinfer import LLM, SamplingParams
+from simple_flashinfer.attention import AttentionLayer, AttentionMetadata, backend_class
+from simple_flashinfer.config import ConfigError
+from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable
+from test.attention.test_cascade import make_table, step
 
 pytestmark = pytest.mark.gpu
 
 LENGTH = 40
+# what a random model leaves of its tokens when K and V are in e4m3 (57 % and 1.3 in torch); wrong ones: 1 %, 5.7
+EIGHT_BITS = {"best": 0.4, "most": 2.0, "kv_cache_dtype": "fp8"}
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 
 
@@ -30,10 +36,14 @@ def model(request, tmp_path_factory, random_model):
     return str(folder), reference.cuda(), prompts
 
 
-def check(model, **settings):
-    """Every token that was chosen is, in float32, the best one but for what 16 bit rounds away."""
-    path, reference, prompts = model
+def check(model, prompts=None, cached=(), best=0.8, most=0.3, **settings):
+    """Every token that was chosen is, in float32, the best one but for what is rounded away: a share of `best` is the very
+    best, and none is further off than `most` deviations of the logits.
+    """
+    path, reference, own_prompts = model
+    prompts = prompts or own_prompts
     llm = LLM(path, device="cuda", torch_dtype="bfloat16", **{"max_model_len": 2048, **settings})
+    llm.generate(list(cached), GREEDY, use_tqdm=False)
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     gaps = []
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -43,8 +53,8 @@ def check(model, **settings):
         chosen = logits.gather(1, torch.tensor(output.token_ids, device="cuda")[:, None])[:, 0]
         gaps.append((logits.max(-1).values - chosen) / logits.std(-1))
     gap = torch.cat(gaps)
-    assert (gap == 0).float().mean() > 0.8, "most tokens are the very best"
-    assert gap.max() < 0.3
+    assert (gap == 0).float().mean() > best
+    assert gap.max() < most
     assert llm.stats.num_free_pages == llm.info.num_pages
     assert (llm.stats.num_preemptions > 0) == ("kv_cache_memory" in settings)
     llm.core.scheduler.check()
@@ -76,4 +86,89 @@ def test_torch_attention_on_the_device(model):
 
 def test_preemption(model):
     bytes_per_token = 4 * 2 * 2 * 2 * model[1].config.head_dim
-    check(model, max_model_len=768, kv_cache_memory=900 * bytes_per_token)
+    # 21 pages at the start, 41 at the end, and 30 that there are
+    check(model, model[2][:-1], max_model_len=256, kv_cache_memory=480 * bytes_per_token)
+
+
+def test_small_layers_are_fused_and_can_be_left_alone(model):
+    fused = LLM(model[0], device="cuda", torch_dtype="bfloat16", max_model_len=2048)
+    kinds = {type(module) for module in fused.core.executor.model.modules()}
+    assert {FusedMLP, FusedRMSNorm, RotaryTable} <= kinds
+    assert all("forward" in vars(layer.self_attn) for layer in fused.core.executor.model.model.layers), "its rope is fused"
+    del fused
+    check(model, fuse=False)
+    check(model, fuse=False, cuda_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "sdpa"])
+def test_keys_and_values_in_eight_bits(model, backend):
+    check(model, attention_backend=backend, **EIGHT_BITS)
+
+
+def test_keys_and_values_in_eight_bits_in_graphs(model):
+    check(model, cuda_graph=True, **EIGHT_BITS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cuda_graph": True}, {"max_num_batched_tokens": 48}, {"cascade": False}])
+def test_requests_that_share_a_long_prompt(monkeypatch, model, settings):
+    """Cascades, but in graphs; and a graph gets more page numbers than there are pages in use."""
+    monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", 1)
+    prefix = model[2][-1][:650]
+    check(model, [prefix + [5 + i] * (1 + 7 * i) for i in range(24)], cached=[prefix], most=0.5, **settings)
+
+
+def make_backend():
+    layers = [AttentionLayer(0, 8, 2, 64, 64, 0.125), AttentionLayer(1, 8, 2, 64, 64, 0.125, sliding_window=40)]
+    options = {"num_pages": 100, "page_size": 16, "dtype": torch.bfloat16, "device": torch.device("cuda")}
+    return layers, backend_class("flashinfer")(layers, **options)
+
+
+def test_memory_beside_the_pages_is_as_reckoned():
+    before = torch.cuda.memory_allocated()
+    layers, backend = make_backend()
+    metadata = AttentionMetadata.of(step(make_table(0, [5]), [0], [4], [1]))
+    for size in (1, 2, 4):
+        backend.plan_graph(metadata, size)
+    pages = sum(cache.nbytes for cache in backend._caches.values())
+    taken, reckoned = torch.cuda.memory_allocated() - before - pages, backend.workspace_bytes(layers, 3)
+    assert 0.95 * reckoned < taken <= reckoned
+
+
+def test_planning_does_not_wait_for_the_device():
+    _, backend = make_backend()
+    table = make_table(3, [20, 30], [40])
+    mixed = AttentionMetadata.of(step(table, range(3), [60, 70, 0], [1, 1, 40]))
+    decodes = AttentionMetadata.of(step(table, range(2), [60, 70], [1, 1]))
+
+    def run(metadata):
+        q, k, v = (torch.randn(len(metadata.positions), heads, 64, device=backend.device).bfloat16() for heads in (8, 2, 2))
+        for layer in range(2):
+            backend.run(layer, q, k, v)
+
+    def steps():
+        backend.plan(mixed)
+        run(mixed)
+        for threshold in (1, 1 << 60):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", threshold)
+                backend.plan(decodes)
+                run(decodes)
+        backend.plan_graph(decodes, 2)
+        run(decodes)
+
+    steps()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_running_out_of_memory_at_start_is_told_in_a_sentence(model):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    try:
+        with pytest.raises(ConfigError, match="too little free memory for the KV cache; lower --memory_utilization"):
+            LLM(model[0], device="cuda", torch_dtype="bfloat16", max_sequence=1024, kv_cache_memory=6 << 30)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,9 +12,10 @@ from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
-from simple_flashinfer.engine.launch import _attention, _uses_graphs, build_engine
+from simple_flashinfer.engine.launch import _attention, _cuda_kernels, _graphs, _uses_graphs, build_engine
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
+from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
@@ -82,6 +83,59 @@ def test_a_cache_that_can_not_be_says_which_flag_to_change(monkeypatch, settings
     monkeypatch.setattr(kv_storage, "available_memory", lambda device: free)
     with pytest.raises(ConfigError, match=words):
         kv_storage.plan_pages(Config(**settings), 1024, CPU, 512, reserve=0)
+
+
+def test_memory_for_a_step_is_not_the_cache_s(monkeypatch):
+    monkeypatch.setattr(kv_storage, "available_memory", lambda device: 10 << 20)
+    assert kv_storage.plan_pages(Config(), 1024, CPU, 512, reserve=8 << 20) == (1024, 512)
+    with pytest.raises(ConfigError, match=r"takes 9.5 MiB.* lower --max_num_batched_tokens or --max_sequence"):
+        kv_storage.plan_pages(Config(), 1024, CPU, 512, reserve=19 << 19)
+    with pytest.raises(ConfigError, match=r"4.0 MiB is 2.0 MiB more than the 2.0 MiB .* beside 8.0 MiB for the largest"):
+        kv_storage.plan_pages(Config(kv_cache_memory=4 << 20), 1024, CPU, 512, reserve=8 << 20)
+
+
+def test_graphs_keep_their_logits_and_as_much_as_a_step_of_their_size():
+    config = Config(cuda_graph=True, max_sequence=12, max_num_batched_tokens=64)
+    assert _graphs(config, 1 << 30, 2 * 1000) == (5, (1 + 2 + 4 + 8 + 16) * 2000 + (1 << 28))
+    assert _graphs(Config(cuda_graph=True, max_sequence=1), 1 << 20, 10) == (1, 10 + (1 << 20) // 2048)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("simple_flashinfer.model.loader.load_model", "the weights; choose a smaller --model"),
+        ("simple_flashinfer.engine.launch._fuse", "once more; try --fuse false"),
+        ("simple_flashinfer.model.runner.ModelRunner.trace_layers", "lower --max_num_batched_tokens or --max_sequence"),
+        ("simple_flashinfer.attention.sdpa.SdpaBackend._allocate", "lower --memory_utilization or --kv_cache_memory"),
+    ],
+)
+def test_a_device_without_memory_is_told_in_a_sentence(monkeypatch, random_model, place, words):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(ConfigError, match=f"too little free memory for .*{words}"):
+        build_engine(Config(model=random_model, attention_backend="sdpa"), random_model)
+
+
+def test_eight_bit_kv_holds_twice_the_tokens_and_says_nearly_the_same(checkpoint, caplog):
+    caplog.set_level("INFO")
+    model = checkpoint("llama")
+    settings = {"kv_cache_memory": 64 << 10, "torch_dtype": "bfloat16"}
+    wide, narrow = LLM(model.path, **settings), LLM(model.path, kv_cache_dtype="fp8", **settings)
+    assert narrow.info.num_pages == 2 * wide.info.num_pages
+    assert "K and V kept in float8_e4m3fn" in caplog.text
+    first = [answer[0] for answer in tokens(narrow, model.prompts)]
+    right = sum(a == b[0] for a, b in zip(first, model.expected, strict=True))
+    assert right >= len(model.prompts) - 2, "rounding changes some first tokens, not most"
+
+
+def test_eight_bit_kv_is_the_same_for_a_prompt_as_for_what_follows(checkpoint):
+    """Chunks find the keys of those before rounded: so must a prompt that is computed at once."""
+    model = checkpoint("llama")
+    settings = {"torch_dtype": "float32", "kv_cache_dtype": "fp8"}
+    whole, chunked = LLM(model.path, **settings), LLM(model.path, max_num_batched_tokens=20, **settings)
+    assert tokens(whole, model.prompts) == tokens(chunked, model.prompts) != model.expected
 
 
 def test_memory_is_what_this_machine_has():
@@ -202,13 +256,14 @@ def test_compiled_the_tokens_are_the_same(checkpoint):
     assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
 
 
-def flashinfer_llm(monkeypatch, path, **settings):
+def flashinfer_llm(monkeypatch, path, backend_options=None, **settings):
     """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
     fake_flashinfer.install(monkeypatch)
     llm = LLM(path, **settings)
     runner = llm.core.executor
     layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
     options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}
+    options |= backend_options or {}
     runner.use_backend(backend_class("flashinfer")(layers, **options))
     return llm
 
@@ -249,6 +304,30 @@ def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
     assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_prompt_that_requests_share_is_read_once_for_all(monkeypatch, random_model, kv_dtype):
+    """Through prefix caching: the scheduler gives all of them the same pages, also while some are still in their prompts."""
+    prefix = list(range(3, 73))
+    prompts = [[*prefix, 200 + i, *range(300, 300 + 20 * i)] for i in range(5)]
+    monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", 1)
+    found = {}
+    for cascade in (False, True):
+        options = {"cascade": cascade, "kv_dtype": kv_dtype}
+        llm = flashinfer_llm(monkeypatch, random_model, options, torch_dtype="bfloat16", max_num_batched_tokens=64)
+        tokens(llm, [prefix])
+        shared, backend = [], llm.core.executor._hook.backend
+
+        def record(wrappers, metadata, plan=backend._plan_cascade, shared=shared):
+            shared.append(metadata.num_shared_pages * bool(wrappers))
+            plan(wrappers, metadata)
+
+        monkeypatch.setattr(backend, "_plan_cascade", record)
+        found[cascade] = tokens(llm, prompts)
+        assert set(shared) == ({0, 4} if cascade else {0}), "70 tokens are four full pages"
+    same = [a == b for x, y in zip(found[True], found[False], strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) > 0.8 * len(same), "merging rounds a little differently"
+
+
 def test_graphs_that_can_not_be_are_refused():
     cuda = torch.device("cuda", 0)
     for settings in ({}, {"torch_compile": True}):
@@ -270,15 +349,38 @@ def test_auto_settings(caplog):
     layers = [AttentionLayer(0, 6, 2, 64, 64, 0.125)]
     narrow = [*layers, AttentionLayer(1, 4, 4, 24, 16, 0.2)]
     cpu = "sdpa" if compiler() is None else "cpu"
-    assert _attention(Config(), CPU, torch.bfloat16, layers) == (cpu, torch.bfloat16)
-    assert _attention(Config(), CPU, torch.bfloat16, narrow) == ("sdpa", torch.bfloat16)
+    bf16, half, float8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+    assert _attention(Config(), CPU, bf16, layers) == (cpu, bf16, bf16)
+    assert _attention(Config(), CPU, bf16, narrow) == ("sdpa", bf16, bf16)
     assert "layer 1 of the model has K heads of 24" in caplog.text
-    assert _attention(Config(), cuda, torch.float16, layers) == ("flashinfer", torch.float16)
-    assert _attention(Config(), cuda, torch.float32, layers) == ("flashinfer", torch.bfloat16)
-    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32, layers) == (cpu, torch.float16)
+    assert _attention(Config(), cuda, half, layers) == ("flashinfer", half, half)
+    assert _attention(Config(), cuda, torch.float32, layers) == ("flashinfer", bf16, bf16)
+    assert _attention(Config(torch_dtype_autocast="float16"), CPU, torch.float32, layers) == (cpu, half, half)
+    eight = Config(kv_cache_dtype="fp8")
+    assert _attention(eight, cuda, bf16, layers) == ("flashinfer", bf16, float8)
+    assert _attention(eight, CPU, bf16, layers) == ("sdpa", bf16, float8)
+    assert "the kernels for the CPU can't read --kv_cache_dtype fp8" in caplog.text
+    with pytest.raises(ConfigError, match="fp8 is not for --attention_backend cpu"):
+        _attention(Config(kv_cache_dtype="fp8", attention_backend="cpu"), CPU, bf16, layers)
     for name, device in (("flashinfer", CPU), ("cpu", cuda)):
         with pytest.raises(ConfigError, match=f"{name} does not run on {device.type}"):
             _attention(Config(attention_backend=name), device, torch.bfloat16, layers)
+
+
+def test_flashinfer_s_small_kernels_are_for_cuda_and_sixteen_bits(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        fake_flashinfer.install(patch)
+        cuda_kernels.cache_clear()
+        for dtype in (torch.bfloat16, torch.float16):
+            assert isinstance(_cuda_kernels(Config(), cuda, dtype), CudaKernels)
+    cuda_kernels.cache_clear()
+    assert _cuda_kernels(Config(), cuda, torch.float32) is None
+    assert _cuda_kernels(Config(), CPU, torch.bfloat16) is None
+    assert _cuda_kernels(Config(attention_backend="sdpa"), cuda, torch.bfloat16) is None, "torch alone"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'simple-flashinfer\[cuda\]'"):
+        _cuda_kernels(Config(), cuda, torch.bfloat16)
 
 
 def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):

@@ -1,0 +1,45 @@
+"""The stand-in takes what the library takes. No device is needed for it, only flashinfer itself."""
+
+import inspect
+
+import pytest
+
+from test.attention import fake_flashinfer
+
+NAMES = [
+    "append_paged_kv_cache", "rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache",
+    *(f"{wrapper}.{method}" for wrapper in (
+        "BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper", "MultiLevelCascadeAttentionWrapper",
+    ) for method in ("__init__", "plan", "run")),
+]  # fmt: skip
+
+
+def parameters(module, name):
+    thing = module
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    found = inspect.signature(thing).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in found.values()):  # the decode wrapper's plan hands everything on
+        owner = getattr(module, name.split(".")[0])
+        found = inspect.signature(owner._plan_impl).parameters
+    return {n: p for n, p in found.items() if n != "self"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_the_library_s(name):
+    import flashinfer
+
+    ours, theirs = parameters(fake_flashinfer, name), parameters(flashinfer, name)
+    assert ours.keys() <= theirs.keys()
+    by_position = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == list(theirs)[: len(by_position)], "in the same order, none left out"
+    for parameter in ours:
+        assert ours[parameter].default == theirs[parameter].default, parameter
+    needed = {n for n, p in theirs.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
+    assert needed <= ours.keys()
+
+
+def test_every_name_that_stands_in_is_checked(monkeypatch):
+    module = fake_flashinfer.install(monkeypatch)
+    assert {name.partition(".")[0] for name in NAMES} == {name for name in vars(module) if not name.startswith("__")}
