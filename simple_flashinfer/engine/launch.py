@@ -106,11 +106,15 @@ def _build_engine(
             torch.set_num_threads(num_threads(loaded.weight_bytes))
             _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
+        kernels = _cuda_kernels(config, device, model_dtype)
         if config.fuse and not config.torch_compile:
             with _memory_for("the weights once more", "try --fuse false, which joins no matrices, or a smaller --model"):
-                _fuse(config, loaded, device, model_dtype)
+                _fuse(config, loaded, device, model_dtype, kernels)
             phases.end("fuse")
-        runner = ModelRunner(loaded, device, config.max_sequence, overlap, worker, config.torch_profiling)
+        runner = ModelRunner(
+            loaded, device, config.max_sequence, overlap, worker, config.torch_profiling,
+            filter_probs=kernels.filter_probs if kernels else None,
+        )  # fmt: skip
         with _memory_for("a step of the largest size", "lower --max_num_batched_tokens or --max_sequence"):
             layers, step_bytes = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
         name, dtype, kv_dtype = _attention(config, device, model_dtype, layers)
@@ -166,13 +170,15 @@ def _build_engine(
     return EngineCore(scheduler, runner, overlap, check_when_idle=config.loglevel == "debug"), info
 
 
-def _fuse(config: Config, loaded: "LoadedModel", device: "torch.device", dtype: "torch.dtype") -> None:
+def _fuse(
+    config: Config, loaded: "LoadedModel", device: "torch.device", dtype: "torch.dtype", cuda: "CudaKernels | None"
+) -> None:
     from simple_flashinfer.model.fuse import fuse
     from simple_flashinfer.model.fused_layers import fuse_layers
 
     packing = _cpu_kernels(config, device, dtype)
     fuse(loaded.model, partial(packing.pack, int8=config.quantization == "int8") if packing else None)
-    if kernels := packing or _cuda_kernels(config, device, dtype):
+    if kernels := packing or cuda:
         longest = max(config.max_model_len or loaded.max_model_len, config.max_num_batched_tokens)
         fuse_layers(loaded.model, dtype, kernels, min(longest, loaded.max_model_len))
 

@@ -58,6 +58,14 @@ class CudaKernels:
         new_q, new_k = (y.view(len(y), x.shape[1], -1).transpose(0, 1)[None] for x, y in zip((q, k), turned, strict=True))
         return new_q, new_k
 
+    def filter_probs(self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+        """probs float32 [rows, vocab], top_k int32 [rows], top_p float32 [rows] -> what top-k, then top-p leave of each row,
+        its sum 1; the rest is 0. The same again for the same.
+        """
+        sampling = self._flashinfer.sampling
+        left = sampling.top_k_renorm_probs(probs.contiguous(), top_k, is_deterministic=True)
+        return sampling.top_p_renorm_probs(left, top_p, is_deterministic=True)  # type: ignore[no-any-return]
+
 
 @functools.cache
 def cuda_kernels() -> CudaKernels:

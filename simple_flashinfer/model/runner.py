@@ -21,7 +21,7 @@ from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
-from simple_flashinfer.sampling import gather_logprobs, likeliest, sample
+from simple_flashinfer.sampling import FilterProbs, gather_logprobs, likeliest, sample
 from simple_flashinfer.sampling.grammar import Grammars, GrammarState, Masks, apply_bitmask
 from simple_flashinfer.types import (
     EngineDeadError,
@@ -47,9 +47,11 @@ class ModelRunner:
         overlap: bool = False,
         worker: Worker | None = None,
         profile: bool = False,
+        filter_probs: FilterProbs | None = None,
     ) -> None:
         """overlap: a step may come before the result of the one before was asked for. worker: the thread that runs steps,
-        None for the one that calls."""
+        None for the one that calls. filter_probs: see `sample`.
+        """
         accepted = inspect.signature(type(loaded.model).forward).parameters
         for name in ("position_ids", "logits_to_keep"):
             if name not in accepted:
@@ -67,6 +69,7 @@ class ModelRunner:
         self._inputs = InputBatch(max_num_seqs, self._grammars.start)
         self._overlap = overlap
         self._worker = worker
+        self._filter_probs = filter_probs
         # the token that each row drew last; one place more for the padding rows of graphs
         self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._profiler = StepProfiler(enabled=profile)
@@ -134,7 +137,7 @@ class ModelRunner:
                         raise RequestFailedError(inputs.request_ids[at], state.error)
                 allowed = apply_bitmask(logits, list(inputs.grammars), words)
             if tokens is None or inputs.grammars or not inputs.sampling.is_greedy:
-                tokens = sample(allowed, inputs.sampling)
+                tokens = sample(allowed, inputs.sampling, self._filter_probs)
                 if self._overlap:
                     self._drawn[self._on_device(inputs.sampled_rows)] = tokens.clamp_min(0)
             logprobs: Callable[[], dict[int, TokenLogprobs]] = dict

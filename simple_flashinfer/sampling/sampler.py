@@ -6,6 +6,7 @@ in vocabulary order. Filters (top-k, top-p, min-p) only compare with a threshold
 the order of equal logits changes the result: a request gets the same token alone, in any batch, and when computed again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from simple_flashinfer.sampling.processors import ProcessedRow, apply_processors
 
 FloatArray = npt.NDArray[np.float32]
+# probabilities float32 [D, V], top_k int32 [D], top_p float32 [D], off is V and 1 -> those that are left, others 0; [D, V]
+FilterProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
 _BLOCK = 256
@@ -46,8 +49,12 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite."""
+def sample(logits: torch.Tensor, batch: SamplingBatch, filter_probs: FilterProbs | None = None) -> torch.Tensor:
+    """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite.
+
+    filter_probs: the device's kernel for top-k and top-p. Without it torch looks for their thresholds, and may have to wait
+    for the device to know how far to look.
+    """
     if batch.is_greedy:
         return likeliest(logits)
     logits = logits.float()
@@ -60,9 +67,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         every = len(drawn) == len(logits)
         shifted = logits - best[:, None] if every else logits[rows] - best[rows, None]
         shifted /= _on_device(batch.temperature[drawn], logits)[:, None]
-        if (keep := _keep(shifted, batch, drawn)) is not None:
-            shifted = shifted.masked_fill(~keep, -torch.inf)
-        probs = torch.softmax(shifted, dim=-1)
+        probs = _filtered(shifted, batch, drawn, filter_probs)
         typical_p = batch.typical_p[drawn]
         for index in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
             probs[index] = _typical(probs[index], float(typical_p[index]))
@@ -107,24 +112,31 @@ def _on_device(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
-def _keep(logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp]) -> torch.Tensor | None:
-    """Which tokens may be drawn, bool [D, V], or None for all. `logits` are divided by temperature, their maximum is 0.
+def _filtered(
+    logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp], filter_probs: FilterProbs | None
+) -> torch.Tensor:
+    """Probabilities, up to a factor, [D, V]; 0 is what may not be drawn. `logits` have 0 as maximum.
 
     The order is HF's: top-k, then top-p of what is left, then min-p relative to the best token.
     """
     top_k, top_p, min_p = batch.top_k[drawn], batch.top_p[drawn], batch.min_p[drawn]
     vocab = logits.shape[-1]
-    ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
-    limit = torch.full((len(drawn),), -torch.inf, device=logits.device)
-    if len(ranked):
-        index = _on_device(ranked, logits)
-        limit[index] = _rank_threshold(logits[index], top_k[ranked], top_p[ranked])
-    elif not (min_p > 0).any():
-        return None
+    limit = None
     if (min_p > 0).any():
         with np.errstate(divide="ignore"):
-            limit = torch.maximum(limit, _on_device(np.log(min_p), logits))
-    return logits >= limit[:, None]
+            limit = _on_device(np.log(min_p), logits)
+    ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
+    if len(ranked):
+        index = _on_device(ranked, logits)
+        k = _on_device(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)[ranked].astype(np.int32), logits)
+        p = _on_device(np.where(top_p > 0, top_p, 1.0)[ranked], logits)
+        if filter_probs is not None:
+            probs = torch.softmax(logits, dim=-1)
+            probs[index] = filter_probs(probs[index], k, p.float())
+            return probs if limit is None else probs.masked_fill(logits < limit[:, None], 0.0)
+        limit = torch.full((len(drawn),), -torch.inf, device=logits.device) if limit is None else limit
+        limit[index] = torch.maximum(limit[index], _rank_threshold(logits[index], k, p))
+    return torch.softmax(logits if limit is None else logits.masked_fill(logits < limit[:, None], -torch.inf), dim=-1)
 
 
 def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
@@ -140,11 +152,10 @@ def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
     return probs * kept
 
 
-def _rank_threshold(logits: torch.Tensor, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float64]) -> torch.Tensor:
+def _rank_threshold(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """The smallest logit that top-k and top-p leave in each row, [D]."""
     vocab = logits.shape[-1]
-    k = _on_device(np.where(top_k > 0, np.minimum(top_k, vocab), vocab), logits)[:, None]
-    p = _on_device(np.where(top_p > 0, top_p, 1.0), logits)[:, None]
+    k, p = top_k[:, None], top_p[:, None]
     log_total = torch.logsumexp(logits, dim=-1, keepdim=True).double()
     width = min(vocab, _TOP)
     while True:

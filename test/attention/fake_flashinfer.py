@@ -26,6 +26,7 @@ def install(monkeypatch) -> types.ModuleType:
     module.rmsnorm = rmsnorm
     module.silu_and_mul = silu_and_mul
     module.apply_rope_with_cos_sin_cache = apply_rope_with_cos_sin_cache
+    module.sampling = sampling
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     return module
 
@@ -361,3 +362,33 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             indptr, indices, last = self.buffers
             self.plan_of = (self.plan_of[0], indptr, indices[: int(indptr[-1])], last, *self.plan_of[4:])
         return self._run(q, paged_kv_cache)
+
+
+def _check_probs(probs: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    assert probs.dtype == torch.float32
+    assert probs.dim() == 2
+    assert probs.is_contiguous()
+    assert isinstance(values, torch.Tensor), "a number for all rows would be another kernel, which compiles for minutes"
+    assert values.dtype == dtype
+    assert values.shape == probs.shape[:1]
+    assert values.device == probs.device
+
+
+class sampling:  # a module there
+    @staticmethod
+    def top_k_renorm_probs(probs, top_k, is_deterministic=False) -> torch.Tensor:
+        _check_probs(probs, top_k, torch.int32)
+        assert ((top_k >= 1) & (top_k <= probs.shape[1])).all()
+        pivot = probs.sort(dim=-1, descending=True).values.gather(1, top_k.long()[:, None] - 1)
+        left = probs * (probs >= pivot)
+        return left / left.sum(-1, keepdim=True)
+
+    @staticmethod
+    def top_p_renorm_probs(probs, top_p, is_deterministic=False) -> torch.Tensor:
+        _check_probs(probs, top_p, torch.float32)
+        assert ((top_p > 0) & (top_p <= 1)).all()
+        ordered = probs.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        count = (before < top_p[:, None]).sum(-1, keepdim=True)
+        left = probs * (probs >= ordered.gather(1, count - 1))
+        return left / left.sum(-1, keepdim=True)

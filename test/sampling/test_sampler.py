@@ -13,9 +13,11 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from simple_flashinfer.kernels.cuda import CudaKernels
 from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, sample
 from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow, apply_processors
 from simple_flashinfer.sampling.sampler import INVALID_TOKEN, uniforms
+from test.attention import fake_flashinfer
 
 
 def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, typical_p=0.0, seeds=None, positions=None, processed=()):
@@ -179,6 +181,25 @@ def test_a_bias_is_added():
     logits = torch.zeros(1, 5)
     rows = [ProcessedRow(0, np.array([0], np.int32), 1, LogitsProcessors(bias={2: 1.5, 4: -2.0}))]
     torch.testing.assert_close(apply_processors(logits, rows), torch.tensor([[0, 0, 1.5, 0, -2.0]]))
+
+
+def test_the_device_s_kernels_for_top_k_and_top_p_leave_the_same_tokens(monkeypatch):
+    fake_flashinfer.install(monkeypatch)
+    torch.manual_seed(0)
+    logits = torch.randn(40, 3000) * 2
+    many = batch(
+        40,
+        temperature=[0.0, *np.linspace(0.5, 1.5, 39)],
+        top_k=[0, 5, 3000, 40] * 10,
+        top_p=[0.0, 0.9, 0.5, 1.0, 0.3] * 8,
+        min_p=[0.0, 0.0, 0.02] * 13 + [0.5],
+        seeds=range(40),
+        positions=range(40),
+    )
+    plain, by_kernel = sample(logits, many), sample(logits, many, CudaKernels().filter_probs)
+    assert (plain == by_kernel).float().mean() > 0.9, "sums are rounded in another order"
+    narrow = batch(40, temperature=1.0, top_k=[1, 2] * 20, seeds=range(40), positions=range(40))
+    assert (sample(logits, narrow) == sample(logits, narrow, CudaKernels().filter_probs)).all()
 
 
 def test_logprobs_are_the_log_softmax():
