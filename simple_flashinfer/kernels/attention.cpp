@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t PART = 512;
 constexpr int64_t WORTH_SHARING = 256;  // keys of all tasks
+constexpr int64_t AHEAD = 32;           // keys that are fetched ahead: the processor does not guess where the next page is
 constexpr int VECTORS = HEAD_DIM / LANES;
 constexpr int TOKENS = GROUP < 8 ? 8 / GROUP : 1;  // of a block
 constexpr int QUERIES = TOKENS * GROUP;
@@ -54,6 +55,10 @@ struct Rows {  // of one request and K/V head: where token i of the request lies
     const Scalar* operator[](uint32_t i) const {  // unsigned, and the size known: no division
         return cache + pages[i / PAGE_SIZE] * page_stride + i % PAGE_SIZE * HEAD_DIM;
     }
+    void prefetch(uint32_t i) const {
+        const char* row = (const char*)(*this)[i];
+        for (size_t at = 0; at < HEAD_DIM * sizeof(Scalar); at += 64) __builtin_prefetch(row + at);
+    }
 };
 
 struct Result {  // of the queries of a block, over the keys seen so far: weights are exp(score - peak)
@@ -77,6 +82,11 @@ void attend(const Block& block, Rows keys, Rows values, int64_t begin, int64_t e
         Vector dots[QUERIES][LANES];
         for (int j = 0; j < LANES; ++j) {
             const Scalar* row = keys[std::min(begin + start + j, end - 1)];
+            const int64_t ahead = begin + start + j + AHEAD;
+            if (ahead < end)
+                keys.prefetch(ahead);
+            else if (begin + ahead - end < end)
+                values.prefetch(begin + ahead - end);
             Piece key[PIECES];
             for (int d = 0; d < PIECES; ++d) key[d] = read(row + d * PIECE);
             for (int g = 0; g < num_queries; ++g) {
@@ -113,6 +123,7 @@ void attend(const Block& block, Rows keys, Rows values, int64_t begin, int64_t e
         std::memcpy(total, result.values[first], sizeof(total));
         for (int64_t j = 0; j < count; ++j) {
             const Scalar* row = values[begin + j];
+            if (j + AHEAD < count) values.prefetch(begin + j + AHEAD);
             for (int d = 0; d < VECTORS; ++d) {
                 const Vector value = load_vector(row + d * LANES);
                 for (int g = 0; g < GROUP; ++g) total[g][d] += weights[first + g][j] * value;
