@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import time
 import weakref
 
 import pytest
@@ -21,6 +22,7 @@ from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
 from simple_flashinfer.model.runner import ModelRunner
 from simple_flashinfer.model.threads import available_cores, num_threads
+from simple_flashinfer.sampling.grammar import GrammarState
 from test.attention import fake_flashinfer
 from test.conftest import _COMMON, OUTPUT_LENGTH
 
@@ -277,6 +279,34 @@ def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_pa
     got = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts)
     same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
     assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
+
+
+def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_model):
+    """It is tried again at once, and two threads must not work on one grammar's state."""
+    grammar = '{"grammars":[{"lark_grammar":"start: /[a-z]{3,9}/"}]}'
+    params = SamplingParams(seed=7, max_tokens=20, grammar=grammar)
+    llm = LLM(random_model, torch_dtype="float32")
+    expected = tokens(llm, ["Hello"], params)
+    runner, made, were_done = llm.core.executor, [], []
+    execute, run_model, masks, mask = runner.execute, runner._run_model, runner._grammars.masks, GrammarState.mask
+
+    def look(batch):
+        were_done.append(all(future.done() for future in made))
+        return execute(batch)
+
+    def fail_once(inputs):
+        if len(were_done) == 2:
+            raise MemoryError
+        return run_model(inputs)
+
+    monkeypatch.setattr(runner, "execute", look)
+    monkeypatch.setattr(runner, "_run_model", fail_once)
+    monkeypatch.setattr(runner._grammars, "masks", lambda rows: made.extend(new := masks(rows)) or new)
+    monkeypatch.setattr(GrammarState, "mask", lambda state: time.sleep(0.05) or mask(state))
+    # alone it would be to blame for the failure
+    got = llm.generate(["Hello", "Hello"], params, use_tqdm=False)
+    assert [output.token_ids for output in got] == expected * 2
+    assert all(were_done)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
