@@ -5,6 +5,8 @@ import json
 import shutil
 import time
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from simple_flashinfer.kernels.compiler import CompileError, compiler, library_p
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
-from simple_flashinfer.model.cuda_graph import DecodeGraphs
+from simple_flashinfer.model.cuda_graph import CudaCapture, DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
 from simple_flashinfer.model.runner import ModelRunner
 from simple_flashinfer.model.threads import available_cores, num_threads
@@ -332,6 +334,35 @@ def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
     assert len(captured) == 3, "batches of 5, 4, 3 and 2 requests take the sizes 8, 4 and 2"
     assert all((page[:, 0] != 7).all() and (page[:, 1:] == 7).all() for page in scratch), "padding writes to one place only"
     assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
+
+
+def test_a_model_that_waits_for_the_device_is_not_recorded(monkeypatch, caplog):
+    """Over a stand-in for what finds it out; test_gpu has the real one."""
+    modes = ["default"]
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", nullcontext), ("CUDAGraph", None),
+        ("set_sync_debug_mode", modes.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def waits():
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return ()
+
+    def fails():
+        if modes[-1] == "error":
+            raise RuntimeError("something else")
+
+    capture = CudaCapture()
+    assert capture(waits) is waits
+    assert capture(waits) is waits
+    assert modes == ["default", "error", "default"]
+    assert caplog.text.count("not recorded as CUDA graphs") == 1
+    with pytest.raises(RuntimeError, match="something else"):
+        CudaCapture()(fails)
+    assert modes[-1] == "default"
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
