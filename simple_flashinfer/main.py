@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = load_config(argv)
         set_up_logging(config.loglevel)
+        # the server raises it once more when all answers are given: what is left must be cleaned up as after Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         run(config)
     except ConfigError as error:
         print(f"simple-flashinfer: error: {error}", file=sys.stderr)

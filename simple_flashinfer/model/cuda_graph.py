@@ -8,6 +8,7 @@ before drew, and that the host does not know yet, are taken from where it left t
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +26,28 @@ Replay = Callable[[], Outputs]
 
 
 class CudaCapture:
-    """Records a function as a graph. All graphs share one memory pool: only one of them runs at a time."""
+    """Records a function as a graph. All graphs share one memory pool: only one of them runs at a time.
+
+    A function that waits for the device (experts chosen on the host, say) can't be recorded, and an attempt would end the
+    engine; it is called at each replay instead.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._waits = False
 
     def __call__(self, function: Callable[[], Outputs]) -> Replay:
+        if self._waits:
+            return function
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()  # outside of the recording first: kernels are compiled and workspaces taken at first use
+            self._waits = _waits(function)
         torch.cuda.current_stream().wait_stream(stream)
+        if self._waits:
+            logger.warning("Decode steps are not recorded as CUDA graphs, which is slower: the model waits for the device.")
+            return function
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = function()
@@ -46,6 +58,22 @@ class CudaCapture:
             return output
 
         return replay
+
+
+def _waits(function: Callable[[], Outputs]) -> bool:
+    """Whether it copies to the host or asks whether the device is done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: that it may not notice all
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 class DecodeGraphs:

@@ -168,10 +168,10 @@ def _fuse_rope(layer: nn.Module, dtype: torch.dtype, device: torch.device, kerne
     if kernels.rope_needs_equal_halves:
         cos, sin = (torch.cat([x[..., : dim // 2]] * 2, -1) for x in (cos, sin))
     try:
-        expected = original(q, k, cos, sin)
-    except (TypeError, RuntimeError):  # it wants other arguments, or only a part of the head turns
+        expected, got = original(q, k, cos, sin), fused(q, k, cos, sin)
+    except (TypeError, RuntimeError):  # it wants other arguments, or only a part of the head turns, or has another size
         return
-    if all(_close(a, b) for a, b in zip(expected, fused(q, k, cos, sin), strict=True)):
+    if all(_close(a, b) for a, b in zip(expected, got, strict=True)):
         scope = {**forward.__globals__, _ROPE: fused}
         copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         copy.__kwdefaults__ = forward.__kwdefaults__

@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as Worker
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +127,7 @@ class ModelRunner:
         return self._launch(inputs, masks)
 
     def _launch(self, inputs: StepInputs, masks: Masks) -> "_Running":
-        with _lost_device(), torch.inference_mode(), self._profiler.step():
+        with _lost_device(), _finished(masks), torch.inference_mode(), self._profiler.step():
             logits, prompt_logits, tokens = self._run_model(inputs)
             prompt_logprobs = _of_prompts(inputs.prompt_logprobs, prompt_logits)
             allowed = logits
@@ -228,6 +229,15 @@ def _lost_device() -> Iterator[None]:
         yield
     except torch.AcceleratorError as error:
         raise EngineDeadError(str(error)) from error
+
+
+@contextmanager
+def _finished(masks: Masks) -> Iterator[None]:
+    """Also when the step fails: it is tried again, and two threads must not work on one grammar's state."""
+    try:
+        yield
+    finally:
+        wait(masks)
 
 
 def _of_prompts(asked: list[PromptLogprobs], logits: torch.Tensor) -> dict[int, Callable[[], list[TokenLogprobs]]]:

@@ -127,6 +127,8 @@ def silu_and_mul(input, out=None, enable_pdl=None) -> torch.Tensor:
 
 
 def apply_rope_with_cos_sin_cache(positions, query, key, head_size, cos_sin_cache, is_neox=True):
+    if head_size not in (64, 128, 256, 512):
+        raise RuntimeError(f"Unsupported head_dim: {head_size}")
     assert cos_sin_cache.dtype == torch.float32, "cos_sin_cache should be float32"
     assert cos_sin_cache.dim() == 2
     assert cos_sin_cache.is_contiguous()

@@ -30,6 +30,12 @@ def fused_copy(model, dtype):
     return fused
 
 
+def with_head_dim(head_dim, name):
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.head_dim = head_dim
+    return config
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -62,9 +68,7 @@ def test_logits_are_the_same_with_flashinfer(monkeypatch, name, dtype, device):
     if device == "cpu":
         fake_flashinfer.install(monkeypatch)
     torch.manual_seed(0)
-    config = copy.deepcopy(ARCHITECTURES[name])
-    config.head_dim = 64
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
+    model = AutoModelForCausalLM.from_config(with_head_dim(64, name), dtype=dtype).eval().to(device)
     fused = copy.deepcopy(model)
     fuse(fused)
     fuse_layers(fused, dtype, CudaKernels(), 512)
@@ -180,7 +184,7 @@ def test_rope_whose_halves_may_differ_is_not_given_to_a_kernel_that_reads_one(mo
 
     class Unequal(nn.Module):
         def forward(self, x, position_ids):
-            angles = position_ids[..., None] * torch.arange(16) / 10
+            angles = position_ids[..., None] * torch.arange(64) / 10
             return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     class Unknown(Unequal):
@@ -188,7 +192,7 @@ def test_rope_whose_halves_may_differ_is_not_given_to_a_kernel_that_reads_one(mo
             return super().forward(x, position_ids)
 
     for rotary, turned in ((None, True), (Unequal(), False), (Unknown(), False)):
-        model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"], dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(with_head_dim(64, "llama"), dtype=torch.bfloat16).eval()
         if rotary is not None:
             model.model.rotary_emb = rotary
         fuse_layers(model, torch.bfloat16, CudaKernels(), 64)
@@ -198,7 +202,7 @@ def test_rope_whose_halves_may_differ_is_not_given_to_a_kernel_that_reads_one(mo
 def test_the_table_of_a_forward_pass_is_made_once_for_all_layers(monkeypatch):
     fake = fake_flashinfer.install(monkeypatch)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES["qwen3"], dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_config(with_head_dim(64, "qwen3"), dtype=torch.bfloat16).eval()
     fuse(model)
     fuse_layers(model, torch.bfloat16, CudaKernels(), 64)
     tables, apply = [], fake.apply_rope_with_cos_sin_cache
@@ -212,6 +216,16 @@ def test_the_table_of_a_forward_pass_is_made_once_for_all_layers(monkeypatch):
     assert [table is tables[0] for table in tables] == [True, True, False, False]
     assert torch.equal(first, model(ids, use_cache=False).logits)
     assert first.shape == second.shape
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_heads_of_a_size_that_the_kernel_has_not_are_left_to_the_model(monkeypatch, device):
+    if device == "cpu":
+        fake_flashinfer.install(monkeypatch)
+    for head_dim, turned in ((96, False), (128, True)):
+        model = AutoModelForCausalLM.from_config(with_head_dim(head_dim, "llama"), dtype=torch.bfloat16).eval().to(device)
+        fuse_layers(model, torch.bfloat16, CudaKernels(), 64)
+        assert ("forward" in vars(model.model.layers[0].self_attn)) == turned
 
 
 @needs_compiler

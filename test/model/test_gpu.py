@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, AttentionMetadata, backend_class
 from simple_flashinfer.config import ConfigError
+from simple_flashinfer.model.cuda_graph import CudaCapture
 from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable
 from test.attention.test_cascade import make_table, step
 
@@ -134,6 +135,24 @@ def test_memory_beside_the_pages_is_as_reckoned():
     assert 0.95 * reckoned < taken <= reckoned
 
 
+def test_a_decode_that_waits_for_the_device_is_not_recorded():
+    x = torch.arange(3.0, device="cuda")
+
+    def waits():
+        return x * x.sum().item(), x
+
+    def goes_on():
+        return x * x.sum(), x
+
+    capture = CudaCapture()
+    assert capture(waits) is waits
+    replay = CudaCapture()(goes_on)
+    assert replay is not goes_on
+    x += 1
+    assert replay()[0].tolist() == [6, 12, 18]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_planning_does_not_wait_for_the_device():
     _, backend = make_backend()
     table = make_table(3, [20, 30], [40])

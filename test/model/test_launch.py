@@ -3,7 +3,10 @@
 import gc
 import json
 import shutil
+import time
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +20,11 @@ from simple_flashinfer.kernels.compiler import CompileError, compiler, library_p
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
-from simple_flashinfer.model.cuda_graph import DecodeGraphs
+from simple_flashinfer.model.cuda_graph import CudaCapture, DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
 from simple_flashinfer.model.runner import ModelRunner
 from simple_flashinfer.model.threads import available_cores, num_threads
+from simple_flashinfer.sampling.grammar import GrammarState
 from test.attention import fake_flashinfer
 from test.conftest import _COMMON, OUTPUT_LENGTH
 
@@ -279,6 +283,34 @@ def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_pa
     assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
 
 
+def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_model):
+    """It is tried again at once, and two threads must not work on one grammar's state."""
+    grammar = '{"grammars":[{"lark_grammar":"start: /[a-z]{3,9}/"}]}'
+    params = SamplingParams(seed=7, max_tokens=20, grammar=grammar)
+    llm = LLM(random_model, torch_dtype="float32")
+    expected = tokens(llm, ["Hello"], params)
+    runner, made, were_done = llm.core.executor, [], []
+    execute, run_model, masks, mask = runner.execute, runner._run_model, runner._grammars.masks, GrammarState.mask
+
+    def look(batch):
+        were_done.append(all(future.done() for future in made))
+        return execute(batch)
+
+    def fail_once(inputs):
+        if len(were_done) == 2:
+            raise MemoryError
+        return run_model(inputs)
+
+    monkeypatch.setattr(runner, "execute", look)
+    monkeypatch.setattr(runner, "_run_model", fail_once)
+    monkeypatch.setattr(runner._grammars, "masks", lambda rows: made.extend(new := masks(rows)) or new)
+    monkeypatch.setattr(GrammarState, "mask", lambda state: time.sleep(0.05) or mask(state))
+    # alone it would be to blame for the failure
+    got = llm.generate(["Hello", "Hello"], params, use_tqdm=False)
+    assert [output.token_ids for output in got] == expected * 2
+    assert all(were_done)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
     """Recording is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
@@ -302,6 +334,35 @@ def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
     assert len(captured) == 3, "batches of 5, 4, 3 and 2 requests take the sizes 8, 4 and 2"
     assert all((page[:, 0] != 7).all() and (page[:, 1:] == 7).all() for page in scratch), "padding writes to one place only"
     assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
+
+
+def test_a_model_that_waits_for_the_device_is_not_recorded(monkeypatch, caplog):
+    """Over a stand-in for what finds it out; test_gpu has the real one."""
+    modes = ["default"]
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", nullcontext), ("CUDAGraph", None),
+        ("set_sync_debug_mode", modes.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def waits():
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return ()
+
+    def fails():
+        if modes[-1] == "error":
+            raise RuntimeError("something else")
+
+    capture = CudaCapture()
+    assert capture(waits) is waits
+    assert capture(waits) is waits
+    assert modes == ["default", "error", "default"]
+    assert caplog.text.count("not recorded as CUDA graphs") == 1
+    with pytest.raises(RuntimeError, match="something else"):
+        CudaCapture()(fails)
+    assert modes[-1] == "default"
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])

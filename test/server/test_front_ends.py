@@ -121,6 +121,17 @@ def test_one_that_dies_takes_only_its_own_requests_along(random_model):
             assert daemon.post("/v1/completions", body(1)).status_code == 200
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_they_leave_no_responses_behind(random_model, tmp_path, number):
+    with Daemon("--model", random_model, *FLAGS, env={"TMPDIR": str(tmp_path)}) as daemon:
+        wait_for_listeners(daemon)
+        assert daemon.post("/v1/responses", {"input": "Hello", "max_output_tokens": 5}).status_code == 200
+        assert list(tmp_path.glob("simple-flashinfer-*/responses.db"))
+        os.kill(daemon.process.pid, number)
+        daemon.process.wait(30)
+    assert not list(tmp_path.glob("simple-flashinfer-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_all_of_them_end_together(random_model, number):
     daemon = Daemon("--model", random_model, *FLAGS)
