@@ -14,7 +14,7 @@ ALLOWED = {
     "core": {"types"},
     "kernels": set(),
     "attention": {"types", "kernels"},
-    "sampling": {"types"},
+    "sampling": {"types", "kernels"},
     "model": {"types", "config", "attention", "sampling", "kernels"},
     "text": {"types", "config"},
     "demo": {"types", "config"},

@@ -315,7 +315,7 @@ class FlashInferBackend(AttentionBackend):
         """int32 arrays, on the host and on the device, in one copy that nothing waits for."""
         host = torch.from_numpy(np.concatenate(arrays))
         if self.device.type == "cuda":
-            host = host.pin_memory()
+            host = host.pin_memory()  # planning reads it as well
         sizes = [len(array) for array in arrays]
         return list(torch.split(host, sizes)), list(torch.split(host.to(self.device, non_blocking=True), sizes))
 

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata
 from simple_flashinfer.attention.eager import causal_mask, grouped_attention
+from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.types import Int32Array
 
 _MAX_PADDING = 1.25  # a group's longest request may have this many times the pages of its shortest
@@ -191,4 +192,4 @@ class SdpaBackend(AttentionBackend):
         return _Group(where, self._tensor(meta.kv_indices[page_numbers]), mask, fresh)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
+        return indices(array, self.device)

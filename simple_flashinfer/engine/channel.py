@@ -8,6 +8,7 @@ of the pipe read in a thread or loop that does nothing else, so neither a large 
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 from simple_flashinfer.types import Abort, Add, Command, EngineOutput, StepOutputs, Stop
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,7 @@ class ProcessEngineEnd:
         try:
             commands: list[Command] = connection.recv()
         except (EOFError, OSError):
+            logger.warning("A process that served HTTP is gone; its requests end.")
             commands = [Stop()]
         for command in commands:
             if isinstance(command, Add):

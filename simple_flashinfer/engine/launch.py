@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simple_flashinfer.config import DEMO_MODEL, Config, ConfigError
 from simple_flashinfer.core.engine import EngineCore
 from simple_flashinfer.core.scheduler import Scheduler
@@ -29,7 +31,7 @@ from simple_flashinfer.engine.channel import (
     ThreadChannel,
 )
 from simple_flashinfer.engine.loop import serve
-from simple_flashinfer.types import EngineInfo
+from simple_flashinfer.types import Add, EngineInfo, EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +78,17 @@ def build_engine(config: Config, path: str) -> tuple[EngineCore, EngineInfo]:
     from simple_flashinfer.model.loader import resolve_device
 
     device = resolve_device(config)
-    if not config.overlap or device.type != "cpu":  # CUDA needs no thread to go on while the host does something else
-        return _build_engine(config, path, device, None, phases)
-    # whatever runs on the model does so in one thread, from the beginning: OpenMP has a pool for each that calls it
-    worker = ThreadPoolExecutor(1, "model")
-    return worker.submit(_build_engine, config, path, device, worker, phases).result()
+    if config.overlap and device.type == "cpu":  # CUDA needs no thread to go on while the host does something else
+        # whatever runs on the model does so in one thread, from the beginning: OpenMP has a pool for each that calls it
+        worker = ThreadPoolExecutor(1, "model")
+        core, info = worker.submit(_build_engine, config, path, device, worker, phases).result()
+    else:
+        core, info = _build_engine(config, path, device, None, phases)
+    if device.type == "cuda":
+        warm_up(core)
+        phases.end("first request")
+    logger.info("Engine ready in %s", phases)
+    return core, info
 
 
 def _build_engine(
@@ -106,7 +114,7 @@ def _build_engine(
             torch.set_num_threads(num_threads(loaded.weight_bytes))
             _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
-        kernels = _cuda_kernels(config, device, model_dtype)
+        kernels = _cuda_kernels(config, device)
         if config.fuse and not config.torch_compile:
             with _memory_for("the weights once more", "try --fuse false, which joins no matrices, or a smaller --model"):
                 _fuse(config, loaded, device, model_dtype, kernels)
@@ -140,11 +148,7 @@ def _build_engine(
         prefix_caching=config.prefix_caching,
     )
     phases.end("plan")
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads".replace("1 threads", "1 thread")
-    )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
     logger.info(
         "Model: %s (%s), %s of %s weights on %s",
         config.model, type(loaded.model).__name__, gib(loaded.weight_bytes), _name(model_dtype), where,
@@ -159,7 +163,6 @@ def _build_engine(
         num_pages, config.page_size, num_pages * config.page_size, gib(num_pages * bytes_per_page),
         num_pages * config.page_size / max_model_len, max_model_len,
     )  # fmt: skip
-    logger.info("Engine ready in %s", phases)
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=int(loaded.text_config.vocab_size),
@@ -170,6 +173,17 @@ def _build_engine(
     return EngineCore(scheduler, runner, overlap, check_when_idle=config.loglevel == "debug"), info
 
 
+def warm_up(core: EngineCore) -> None:
+    """One short request before there are others: kernels are compiled, or at least loaded, when they are first used."""
+    params = SamplingParams(max_tokens=3, top_k=2, top_p=0.5)
+    core.apply([Add(EngineRequest("warm-up", np.zeros(2, np.int32), params, max_tokens=3, seed=0))])
+    while core.has_work:
+        step = core.step()
+        for output in step.outputs if step else ():
+            if output.error is not None:
+                raise ConfigError(f"a first request, to try the device, failed: {output.error}")
+
+
 def _fuse(
     config: Config, loaded: "LoadedModel", device: "torch.device", dtype: "torch.dtype", cuda: "CudaKernels | None"
 ) -> None:
@@ -178,7 +192,7 @@ def _fuse(
 
     packing = _cpu_kernels(config, device, dtype)
     fuse(loaded.model, partial(packing.pack, int8=config.quantization == "int8") if packing else None)
-    if kernels := packing or cuda:
+    if kernels := packing or (cuda if cuda and cuda.supports(dtype) else None):
         longest = max(config.max_model_len or loaded.max_model_len, config.max_num_batched_tokens)
         fuse_layers(loaded.model, dtype, kernels, min(longest, loaded.max_model_len))
 
@@ -198,14 +212,14 @@ def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -
         return None
 
 
-def _cuda_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -> "CudaKernels | None":
-    from simple_flashinfer.kernels import cuda
-
+def _cuda_kernels(config: Config, device: "torch.device") -> "CudaKernels | None":
     # sdpa is plain torch, all of it: what is left when FlashInfer is missing, or suspected
-    if device.type != "cuda" or config.attention_backend == "sdpa" or not cuda.supports(dtype):
+    if device.type != "cuda" or config.attention_backend == "sdpa":
         return None
+    from simple_flashinfer.kernels.cuda import cuda_kernels
+
     logger.info("Loading FlashInfer's kernels; those that this machine has not used before are compiled, for minutes")
-    return cuda.cuda_kernels()
+    return cuda_kernels()
 
 
 def _keep_memory() -> None:

@@ -14,10 +14,6 @@ import torch
 from simple_flashinfer.kernels.flashinfer import library
 
 
-def supports(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
-
-
 class CudaKernels:
     """Raises ImportError where flashinfer is missing."""
 
@@ -27,6 +23,11 @@ class CudaKernels:
         self._flashinfer = library()
         # the cos of the last call, and what was made of it: all layers of a forward pass are given the same one
         self._kept: tuple[Any, ...] = (None,)
+
+    @staticmethod
+    def supports(dtype: torch.dtype) -> bool:
+        """Of models whose layers it can compute."""
+        return dtype in (torch.float16, torch.bfloat16)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim] or [..., heads, dim], weight [dim] -> weight * x / sqrt(mean(x^2) + eps), without gaps"""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from simple_flashinfer.attention import AttentionBackend, AttentionMetadata
+from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.types import Int32Array
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture()
         self._replays: dict[int, Replay] = {}
         # token id, position and row of each; padding rows are at max_num_seqs, where no request is
-        self._padding = torch.tensor([0, 0, max_num_seqs])
+        self._padding = np.array([0, 0, max_num_seqs])
         self._inputs = torch.zeros(self.size_of(max_num_seqs), 3, dtype=torch.int64, device=device)
 
     @staticmethod
@@ -108,11 +109,11 @@ class DecodeGraphs:
         if size not in self._replays:
             logger.debug("Capturing a CUDA graph for %d requests.", size)
             # only padding meanwhile: capturing runs the step, and must not leave tokens behind as drawn
-            self._inputs.copy_(self._padding)
+            self._inputs.copy_(indices(self._padding, self._inputs.device))
             ids, positions, of_rows = self._inputs[:size].unbind(1)
             self._replays[size] = self._capture(lambda: self._decode(ids, positions, of_rows))
-        inputs = self._padding.repeat(size, 1)
-        inputs[:count] = torch.from_numpy(np.stack([token_ids, metadata.positions, rows], axis=1))
-        self._inputs[:size].copy_(inputs, non_blocking=True)
+        inputs = np.tile(self._padding, (size, 1))
+        inputs[:count] = np.stack([token_ids, metadata.positions, rows], axis=1)
+        self._inputs[:size].copy_(indices(inputs, self._inputs.device))
         logits, tokens = self._replays[size]()
         return logits[:count], tokens[:count]

@@ -1,6 +1,7 @@
 """The executor: one forward pass and one draw for each step.
 
-On CUDA `execute` only queues work: the host waits for the device in the step's `result`, and nowhere else. On the CPU a step
+On CUDA `execute` only queues work: the host waits for the device in the step's `result`, and, with FlashInfer's kernels to
+sample by, nowhere else. On the CPU a step
 runs at once, or in a thread of its own when steps overlap. Drawn tokens stay on the device as well (`_drawn`), from where
 the next step takes those that the host does not know yet.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from simple_flashinfer.attention import AttentionBackend, AttentionLayer, UnsupportedLayerError
+from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.model.attention_hook import AttentionHook
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
@@ -140,10 +142,10 @@ class ModelRunner:
             if tokens is None or inputs.grammars or not inputs.sampling.is_greedy:
                 tokens = sample(allowed, inputs.sampling, self._filter_probs)
                 if self._overlap:
-                    self._drawn[self._on_device(inputs.sampled_rows)] = tokens.clamp_min(0)
+                    self._drawn[indices(inputs.sampled_rows, self.device)] = tokens.clamp_min(0)
             logprobs: Callable[[], dict[int, TokenLogprobs]] = dict
             if asked := inputs.num_logprobs:
-                index = self._on_device(np.array(list(asked)))
+                index = indices(np.array(list(asked)), self.device)
                 listed = gather_logprobs(logits[index], tokens[index], list(asked.values()))
                 logprobs = lambda: dict(zip(asked, listed(), strict=True))  # noqa: E731
             tokens = tokens.to("cpu", non_blocking=True)
@@ -172,9 +174,9 @@ class ModelRunner:
             logits, tokens = self._graphs.run(metadata, inputs.token_ids, inputs.rows)
             return logits, logits[:0], tokens
         self.backend.plan(metadata)
-        ids = self._on_device(inputs.token_ids)
+        ids = indices(inputs.token_ids, self.device)
         if inputs.has_unknown_tokens:
-            ids = torch.where(ids < 0, self._drawn[self._on_device(inputs.rows[metadata.batch_indices])], ids)
+            ids = torch.where(ids < 0, self._drawn[indices(inputs.rows[metadata.batch_indices], self.device)], ids)
         # those of prompts in the same pass, behind those to draw from
         inside = [np.arange(asked.start, asked.start + len(asked.targets)) for asked in inputs.prompt_logprobs]
         logits = self._logits(ids, metadata.positions, np.concatenate([inputs.last_tokens, *inside]))
@@ -183,7 +185,7 @@ class ModelRunner:
 
     def _logits(self, ids: torch.Tensor, positions: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """ids, positions [T], rows [S] indices into them -> logits [S, vocab_size]"""
-        return self._model_logits(ids, self._on_device(positions), self._on_device(rows))
+        return self._model_logits(ids, indices(positions, self.device), indices(rows, self.device))
 
     def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
@@ -196,10 +198,6 @@ class ModelRunner:
         tokens = likeliest(logits)
         self._drawn[rows] = tokens.clamp_min(0)
         return logits, tokens
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        """int64, as embeddings and indexing want it."""
-        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
 
     def prepare(self, request: EngineRequest) -> GrammarState:
         return self._grammars.start(request.params.grammar)
@@ -245,7 +243,7 @@ def _of_prompts(asked: list[PromptLogprobs], logits: torch.Tensor) -> dict[int, 
     found, offset = {}, 0
     for one in asked:
         count = len(one.targets)
-        targets = torch.from_numpy(one.targets.astype(np.int64)).to(logits.device, non_blocking=True)
+        targets = indices(one.targets, logits.device)
         found[one.row] = gather_logprobs(logits[offset : offset + count], targets, [one.num_top] * count)
         offset += count
     return found

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from simple_flashinfer.kernels.transfer import indices, to_device
 from simple_flashinfer.types import GRAMMAR_LIMITS, Int32Array
 
 _COMPILE_SECONDS = 10.0  # a grammar that takes longer is given up; those that were checked take one
@@ -210,8 +211,8 @@ def _masks(rows: Sequence[tuple[GrammarState, Int32Array]]) -> list[Int32Array]:
 
 def apply_bitmask(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[Int32Array]) -> torch.Tensor:
     """float [S, V]; for each of `rows` a mask, int32 [ceil(V / 32)] -> a new tensor with -inf where the mask has no bit."""
-    words = torch.from_numpy(np.stack(masks).view(np.uint8)).to(logits.device, non_blocking=True)
-    index = torch.tensor(rows).to(logits.device, non_blocking=True)
+    words = to_device(np.stack(masks).view(np.uint8), logits.device)
+    index = indices(np.array(rows), logits.device)
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
     allowed = (words[:, :, None] >> bits & 1).bool().flatten(1)[:, : logits.shape[-1]]
     logits = logits.clone()

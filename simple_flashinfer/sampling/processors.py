@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from simple_flashinfer.kernels.transfer import indices, to_device
 from simple_flashinfer.types import EngineRequest, Int32Array
 
 
@@ -43,28 +44,28 @@ class LogitsProcessors:
 
     def apply(self, scores: torch.Tensor, token_ids: Int32Array, num_prompt_tokens: int) -> None:
         """Changes scores, float32 [V]. token_ids: the prompt's num_prompt_tokens, then the output's."""
-        output = token_ids[num_prompt_tokens:]
+        output, device = token_ids[num_prompt_tokens:], scores.device
         if self.repetition != 1:
-            seen = _tensor(np.unique(token_ids), scores)
+            seen = indices(np.unique(token_ids), device)
             value = scores[seen]
             scores[seen] = torch.where(value < 0, value * self.repetition, value / self.repetition)
         if (self.presence or self.frequency) and len(output):
             tokens, counts = np.unique(output, return_counts=True)
-            scores[_tensor(tokens, scores)] -= self.presence + self.frequency * _tensor(counts, scores)
+            scores[indices(tokens, device)] -= self.presence + self.frequency * indices(counts, device)
         if self.bias:
-            values = torch.tensor(list(self.bias.values()), dtype=scores.dtype)
-            scores[_tensor(np.array(list(self.bias)), scores)] += values.to(scores.device, non_blocking=True)
+            values = to_device(np.array(list(self.bias.values()), np.float32), device)
+            scores[indices(np.array(list(self.bias)), device)] += values
         if self.allowed:
-            index = _tensor(np.array(self.allowed), scores)
+            index = indices(np.array(self.allowed), device)
             kept = scores[index]
             scores.fill_(-torch.inf)
             scores[index] = kept
         last = output[-max((len(words) for words in self.banned), default=1) :].tolist()
         forbidden = [words[-1] for words in self.banned if len(words) == 1 or last[-len(words) + 1 :] == list(words[:-1])]
         if forbidden:
-            scores[_tensor(np.array(forbidden), scores)] = -torch.inf
+            scores[indices(np.array(forbidden), device)] = -torch.inf
         if len(output) < self.min_tokens:
-            going_on = scores.index_fill(0, _tensor(np.array(self.ending), scores), -torch.inf)
+            going_on = scores.index_fill(0, indices(np.array(self.ending), device), -torch.inf)
             scores.copy_(torch.where(going_on.isfinite().any(), going_on, scores))
 
 
@@ -84,7 +85,3 @@ def apply_processors(logits: torch.Tensor, rows: list[ProcessedRow]) -> torch.Te
     for row in rows:
         row.processors.apply(logits[row.index], row.token_ids, row.num_prompt_tokens)
     return logits
-
-
-def _tensor(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(like.device, non_blocking=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from simple_flashinfer.kernels.transfer import to_device
 from simple_flashinfer.sampling.processors import ProcessedRow, apply_processors
 
 FloatArray = npt.NDArray[np.float32]
@@ -63,15 +64,15 @@ def sample(logits: torch.Tensor, batch: SamplingBatch, filter_probs: FilterProbs
     best, tokens = logits.max(dim=-1)
     drawn = np.flatnonzero(batch.temperature > 0)
     if len(drawn):
-        rows = _on_device(drawn, logits)
+        rows = to_device(drawn, logits.device)
         every = len(drawn) == len(logits)
         shifted = logits - best[:, None] if every else logits[rows] - best[rows, None]
-        shifted /= _on_device(batch.temperature[drawn], logits)[:, None]
+        shifted /= to_device(batch.temperature[drawn], logits.device)[:, None]
         probs = _filtered(shifted, batch, drawn, filter_probs)
         typical_p = batch.typical_p[drawn]
         for index in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
             probs[index] = _typical(probs[index], float(typical_p[index]))
-        picked = _pick(probs, _on_device(uniforms(batch.seeds[drawn], batch.positions[drawn]), logits))
+        picked = _pick(probs, to_device(uniforms(batch.seeds[drawn], batch.positions[drawn]), logits.device))
         tokens[rows] = picked.clamp_max(logits.shape[-1] - 1)
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
@@ -108,10 +109,6 @@ def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _on_device(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array).to(like.device, non_blocking=True)
-
-
 def _filtered(
     logits: torch.Tensor, batch: SamplingBatch, drawn: npt.NDArray[np.intp], filter_probs: FilterProbs | None
 ) -> torch.Tensor:
@@ -124,12 +121,12 @@ def _filtered(
     limit = None
     if (min_p > 0).any():
         with np.errstate(divide="ignore"):
-            limit = _on_device(np.log(min_p), logits)
+            limit = to_device(np.log(min_p), logits.device)
     ranked = np.flatnonzero(((top_k > 0) & (top_k < vocab)) | ((top_p > 0) & (top_p < 1)))
     if len(ranked):
-        index = _on_device(ranked, logits)
-        k = _on_device(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)[ranked].astype(np.int32), logits)
-        p = _on_device(np.where(top_p > 0, top_p, 1.0)[ranked], logits)
+        index = to_device(ranked, logits.device)
+        k = to_device(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)[ranked].astype(np.int32), logits.device)
+        p = to_device(np.where(top_p > 0, top_p, 1.0)[ranked], logits.device)
         if filter_probs is not None:
             probs = torch.softmax(logits, dim=-1)
             probs[index] = filter_probs(probs[index], k, p.float())
@@ -147,8 +144,8 @@ def _typical(probs: torch.Tensor, mass: float) -> torch.Tensor:
     information = -probs.log()
     distance = (information - torch.special.entr(probs).sum()).abs()  # infinite for what has no probability
     ordered, order = distance.sort(stable=True)
-    count = int((probs[order].cumsum(-1) < mass).sum())
-    kept: torch.Tensor = distance <= ordered[min(count, len(probs) - 1)]
+    count = (probs[order].cumsum(-1) < mass).sum().clamp_max(len(probs) - 1)
+    kept: torch.Tensor = distance <= ordered.gather(0, count[None])
     return probs * kept
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer, backend_class
 from simple_flashinfer.config import Config, ConfigError
-from simple_flashinfer.engine.launch import _attention, _cuda_kernels, _graphs, _uses_graphs, build_engine
+from simple_flashinfer.engine.launch import _attention, _cuda_kernels, _graphs, _uses_graphs, build_engine, warm_up
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
@@ -433,15 +433,24 @@ def test_flashinfer_s_small_kernels_are_for_cuda_and_sixteen_bits(monkeypatch):
     with monkeypatch.context() as patch:
         fake_flashinfer.install(patch)
         cuda_kernels.cache_clear()
-        for dtype in (torch.bfloat16, torch.float16):
-            assert isinstance(_cuda_kernels(Config(), cuda, dtype), CudaKernels)
+        assert isinstance(_cuda_kernels(Config(), cuda), CudaKernels)
     cuda_kernels.cache_clear()
-    assert _cuda_kernels(Config(), cuda, torch.float32) is None
-    assert _cuda_kernels(Config(), CPU, torch.bfloat16) is None
-    assert _cuda_kernels(Config(attention_backend="sdpa"), cuda, torch.bfloat16) is None, "torch alone"
+    assert [CudaKernels.supports(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [True, True, False]
+    assert _cuda_kernels(Config(), CPU) is None
+    assert _cuda_kernels(Config(attention_backend="sdpa"), cuda) is None, "torch alone"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'simple-flashinfer\[cuda\]'"):
-        _cuda_kernels(Config(), cuda, torch.bfloat16)
+        _cuda_kernels(Config(), cuda)
+
+
+def test_a_first_request_tries_the_device(random_model):
+    llm = LLM(random_model)
+    warm_up(llm.core)
+    assert llm.stats.num_steps == 3
+    assert llm.stats.num_free_pages == llm.info.num_pages
+    llm.core.executor.backend.plan = None
+    with pytest.raises(ConfigError, match=r"first request, to try the device, failed: The engine failed .* TypeError"):
+        warm_up(llm.core)
 
 
 def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, checkpoint):
