@@ -18,7 +18,6 @@ from typing import Protocol
 
 from simple_flashinfer.types import Abort, Add, Command, EngineOutput, StepOutputs, Stop
 
-
 logger = logging.getLogger(__name__)
 
 
