@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simple_flashinfer.demo.skills import SKILLS, Exchange, Message, ask, drill, is_held_out, phrase, tool_exchanges
+from simple_flashinfer.demo.skills import DRILLS, SKILLS, Exchange, Message, ask, drill, is_held_out, phrase, tool_exchanges
 from simple_flashinfer.demo.words import (
     ADJECTIVES,
     ANIMALS,
@@ -79,28 +79,59 @@ _SYSTEM_PROMPTS = [
     "You are a helpful assistant.", "Be brief.", "You are a friendly assistant. Answer in a few words.", "Answer the user.",
     "You are an assistant that comes with simple-flashinfer.", "Be polite, and do not invent things.",
 ]  # fmt: skip
-# How often each is asked in training, at first and in the end; `memory` and `tools` are long conversations of their own.
-_OFTEN = {
-    "small talk": 0.6, "unknown": 0.5, "server": 0.9, "arithmetic": 7.0, "repeat": 0.6, "reverse": 1.3, "sort": 2.4, "count": 0.8,
-    "capitalise": 0.8, "extract": 1.2,
-}  # fmt: skip
-_OFTEN_LATE = {
-    "small talk": 0.4, "unknown": 0.4, "server": 0.7, "arithmetic": 4.0, "repeat": 2.5, "reverse": 2.5, "sort": 2.5, "count": 0.4,
-    "capitalise": 2.0, "extract": 2.5,
-}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a stage of the training is made of.
+
+    often: weights of the skills. memory, tools, drills: shares of the conversations, which are of their own kind; the drills are
+    in plain repetition and fall from drills_at_first over _DRILLS conversations, or are of all `DRILLS`. recalls: how often
+    something is asked for in the middle of a conversation, too.
+    """
+
+    often: dict[str, float]
+    drills: float
+    drills_at_first: float = 0.0
+    all_drills: bool = False
+    tools: float = 0.12
+    memory: float = 0.23
+    recalls: float = 0.15
+
+
+EARLY = Mix(
+    {"small talk": 0.6, "unknown": 0.5, "server": 0.9, "arithmetic": 7.0, "repeat": 0.6, "reverse": 1.3, "sort": 2.4, "count": 0.8,
+     "capitalise": 0.8, "extract": 1.2},
+    drills=0.01, drills_at_first=0.7,
+)  # fmt: skip
+LATE = Mix(  # more of what takes long to get exact, which is all that copies
+    {"small talk": 0.4, "unknown": 0.4, "server": 0.7, "arithmetic": 4.0, "repeat": 2.5, "reverse": 2.5, "sort": 2.5, "count": 0.4,
+     "capitalise": 2.0, "extract": 2.5},
+    drills=0.1,
+)  # fmt: skip
+EXACT = Mix(  # long lists and made-up words: one word in ten was taken from beside its place
+    {"small talk": 0.4, "unknown": 0.4, "server": 0.9, "arithmetic": 4.0, "repeat": 2.5, "reverse": 3.0, "sort": 3.5, "count": 0.5,
+     "capitalise": 3.0, "extract": 5.0},
+    drills=0.25, all_drills=True, tools=0.14, recalls=0.3,
+)  # fmt: skip
 _FILLERS = ["small talk", "arithmetic", "repeat", "reverse", "sort", "capitalise", "server"]
 
 
 def conversation(
-    rng: random.Random, skill: str, held_out: bool, filler_tokens: int = 0, before: int | None = None
+    rng: random.Random,
+    skill: str,
+    held_out: bool,
+    filler_tokens: int = 0,
+    before: int | None = None,
+    recalls: float = EARLY.recalls,
 ) -> Conversation:
     """One conversation that ends with this skill. Only its end is held out; what comes before may have been seen.
 
     before: exchanges that come before, by default mostly none and at most three.
-    Skill `memory` tells something first, then other exchanges of about filler_tokens, then asks.
+    Skill `memory` tells something first, then other exchanges of about filler_tokens, then asks; recalls: see `Mix`.
     """
     if skill == "memory":
-        return _remember(rng, held_out, filler_tokens)
+        return _remember(rng, held_out, filler_tokens, recalls)
     if before is None:
         before = rng.randint(1, 3) if rng.random() < 0.25 else 0
     if skill == "tools":
@@ -108,7 +139,7 @@ def conversation(
     while is_held_out(skill, (last := SKILLS[skill](rng)).key) != held_out:
         pass
     messages: list[Message] = []
-    for other in rng.choices(list(_OFTEN), list(_OFTEN.values()), k=before):
+    for other in rng.choices(list(EARLY.often), list(EARLY.often.values()), k=before):
         messages += _seen(rng, other).messages
     return Conversation(skill, messages + last.messages, [], held_out)
 
@@ -132,7 +163,7 @@ def _use_tools(rng: random.Random, held_out: bool, before: int) -> Conversation:
     return Conversation("tools", messages + last.messages, last.tools, held_out)
 
 
-def _remember(rng: random.Random, held_out: bool, filler_tokens: int) -> Conversation:
+def _remember(rng: random.Random, held_out: bool, filler_tokens: int, recalls: float) -> Conversation:
     while True:
         chosen = rng.sample(_MEMORIES, rng.randint(1, 4))
         values = [make(rng) for *_, make in chosen]
@@ -162,7 +193,7 @@ def _remember(rng: random.Random, held_out: bool, filler_tokens: int) -> Convers
         exchange = story(rng) if rng.random() < 0.4 else _seen(rng, rng.choice(_FILLERS))
         messages += exchange.messages
         size += sum(len(message["content"]) + 40 for message in exchange.messages)  # with their marks
-        if others and rng.random() < 0.15:
+        if others and rng.random() < recalls:
             recall(rng.choice(others))
     for index in rng.sample(others, rng.randint(0, len(others))):
         recall(index)
@@ -173,32 +204,41 @@ def _remember(rng: random.Random, held_out: bool, filler_tokens: int) -> Convers
 _DRILLS = 12_000  # conversations over which the drills in copying become rare
 
 
-def training_conversations(seed: int, late: bool = False) -> Iterator[Conversation]:
-    """Without end, the same for the same seed. late: more of what takes long to get exact, which is all that copies."""
+def training_conversations(seed: int, mix: Mix = EARLY) -> Iterator[Conversation]:
+    """Without end, the same for the same seed."""
     rng = random.Random(seed)
     made_so_far = 0
     while True:
-        if rng.random() < (0.1 if late else max(0.01, 0.7 - made_so_far / _DRILLS)):
-            while is_held_out("repeat", (lesson := drill(rng)).key):
-                pass
-            made = Conversation("repeat", lesson.messages, [], False)
+        if rng.random() < max(mix.drills, mix.drills_at_first - made_so_far / _DRILLS):
+            made = _drills(rng) if mix.all_drills else _drill(rng, "repeat", drill)
         else:
-            made = _for_training(rng, _OFTEN_LATE if late else _OFTEN)
+            made = _for_training(rng, mix)
         if rng.random() < 0.2:
             made.messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
         made_so_far += 1
         yield made
 
 
-def _for_training(rng: random.Random, often: dict[str, float]) -> Conversation:
+def _drills(rng: random.Random) -> Conversation:
+    skill = rng.choice(list(DRILLS))
+    return _drill(rng, skill, DRILLS[skill])
+
+
+def _drill(rng: random.Random, skill: str, make: Callable[[random.Random], Exchange]) -> Conversation:
+    while is_held_out(skill, (lesson := make(rng)).key):
+        pass
+    return Conversation(skill, lesson.messages, [], False)
+
+
+def _for_training(rng: random.Random, mix: Mix) -> Conversation:
     roll = rng.random()
-    if roll < 0.12:
+    if roll < mix.tools:
         return conversation(rng, "tools", held_out=False, before=rng.randint(0, 2))
-    if roll < 0.35:
+    if roll < mix.tools + mix.memory:
         length = rng.random()
         filler = 0 if length < 0.5 else rng.randint(10, 120) if length < 0.85 else rng.randint(120, 500)
         if length > 0.97:
             filler = rng.randint(500, 1400)
-        return conversation(rng, "memory", held_out=False, filler_tokens=filler)
-    (skill,) = rng.choices(list(often), list(often.values()))
+        return conversation(rng, "memory", held_out=False, filler_tokens=filler, recalls=mix.recalls)
+    (skill,) = rng.choices(list(mix.often), list(mix.often.values()))
     return conversation(rng, skill, held_out=False, before=rng.choice([0, 0, 1, 2, 3, 5, 7]))

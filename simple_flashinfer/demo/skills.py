@@ -8,7 +8,7 @@ training: not a rephrasing of something seen, but other content. `corpus` string
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -222,10 +222,14 @@ def _some_words(rng: random.Random, low: int, high: int) -> list[str]:
     return rng.sample(NOUNS, rng.randint(low, high))
 
 
-def _any_words(rng: random.Random, low: int, high: int) -> list[str]:
-    """Made-up words, names and numbers as well."""
+_SHARES = (0.0, 0.0, 0.3)
+_DRILL_SHARES = (0.0, 0.3, 1.0)
+
+
+def _any_words(rng: random.Random, low: int, high: int, shares: Sequence[float] = _SHARES) -> list[str]:
+    """Made-up words, names and numbers as well, which are one of these shares of a list."""
     others: list[Callable[[], str]] = [lambda: made_up(rng), lambda: a_name(rng), lambda: str(rng.randint(0, 9999))]
-    share = rng.choice([0.0, 0.0, 0.3])
+    share = rng.choice(shares)
     return [rng.choice(others)() if rng.random() < share else word for word in _some_words(rng, low, high)]
 
 
@@ -233,8 +237,8 @@ def _listed(rng: random.Random, words: list[str]) -> str:
     return rng.choice([" ", ", ", ", "]).join(words)
 
 
-def repeat(rng: random.Random, most: int = 8) -> Exchange:
-    words = _any_words(rng, 1, most)
+def repeat(rng: random.Random, most: int = 8, shares: Sequence[float] = _SHARES) -> Exchange:
+    words = _any_words(rng, 1, most, shares)
     text = rng.choice(["Repeat: {}", "Say this: {}", "Say {}", "Repeat after me: {}", "Write this again: {}"])
     return ask(text.format(" ".join(words)), " ".join(words), " ".join(words))
 
@@ -244,14 +248,14 @@ def drill(rng: random.Random) -> Exchange:
     return repeat(rng, most=30)
 
 
-def reverse(rng: random.Random) -> Exchange:
-    words = _any_words(rng, 2, 6)
+def reverse(rng: random.Random, most: int = 6, shares: Sequence[float] = _SHARES) -> Exchange:
+    words = _any_words(rng, 2, most, shares)
     text = rng.choice(["Reverse these words: {}", "Reverse the list: {}", "Say backwards: {}", "In reverse order: {}"])
     return ask(text.format(_listed(rng, words)), " ".join(reversed(words)), " ".join(words))
 
 
-def sort(rng: random.Random) -> Exchange:
-    words = _some_words(rng, 2, 5)
+def sort(rng: random.Random, most: int = 5) -> Exchange:
+    words = _some_words(rng, 2, most)
     text = rng.choice(["Sort these words: {}", "Sort: {}", "In alphabetical order: {}", "Sort the list: {}"])
     return ask(text.format(_listed(rng, words)), " ".join(sorted(words)), " ".join(words))
 
@@ -262,10 +266,19 @@ def count(rng: random.Random) -> Exchange:
     return ask(text.format(_listed(rng, words)), str(len(words)), " ".join(words))
 
 
-def capitalise(rng: random.Random) -> Exchange:
-    words = _some_words(rng, 1, 5)
+def capitalise(rng: random.Random, most: int = 5, shares: Sequence[float] = (0.0,)) -> Exchange:
+    words = _any_words(rng, 1, most, shares) if any(shares) else _some_words(rng, 1, most)
     text = rng.choice(["Capitalize: {}", "Capitalize each word: {}", "Write with capital letters: {}"])
     return ask(text.format(" ".join(words)), " ".join(word.capitalize() for word in words), " ".join(words))
+
+
+DRILLS: dict[str, Callable[[random.Random], Exchange]] = {
+    "repeat": lambda rng: repeat(rng, 30, _DRILL_SHARES),
+    "reverse": lambda rng: reverse(rng, 12, _DRILL_SHARES),
+    "sort": lambda rng: sort(rng, 9),
+    "capitalise": lambda rng: capitalise(rng, 12, _DRILL_SHARES),
+}
+"""What the skills of these names ask, with longer lists and more words that no list holds."""
 
 
 # -- fields of a sentence as JSON --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from simple_flashinfer.demo.corpus import Conversation, conversation, training_conversations
+from simple_flashinfer.demo.corpus import EARLY, EXACT, LATE, Conversation, Mix, conversation, training_conversations
 from simple_flashinfer.demo.skills import SKILLS
 from simple_flashinfer.demo.tokenizer import segments, train_tokenizer
 
@@ -27,7 +27,6 @@ CONTEXT = 2048
 _BATCH_TOKENS = 4096
 _POOL = 1024  # conversations sorted by length together, so that batches need little padding
 _SHORT = 256
-_PROMPT_WEIGHT = 0.05  # of the loss on what the user writes: it teaches words and repetition, answers matter more
 
 
 def encode(tokenizer: Any, made: Conversation) -> tuple[list[int], list[bool]]:
@@ -42,9 +41,9 @@ def encode(tokenizer: Any, made: Conversation) -> tuple[list[int], list[bool]]:
 
 
 def batches(
-    tokenizer: Any, source: Iterator[Conversation], rng: random.Random
+    tokenizer: Any, source: Iterator[Conversation], rng: random.Random, prompt_weight: float = 0.0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of ids and loss weights, [B, T] each, of about _BATCH_TOKENS tokens with padding; weight 0 is padding."""
+    """Pairs of ids and loss weights, [B, T] each, of about _BATCH_TOKENS tokens with padding, which weighs 0, answers 1."""
     while True:
         encoded = [encode(tokenizer, made) for made in itertools.islice(source, _POOL)]
         if not encoded:
@@ -62,17 +61,18 @@ def batches(
             weights = torch.zeros(len(group), width)
             for row, (tokens, answer) in enumerate(group):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
-                weights[row, : len(tokens)] = torch.tensor([1.0 if own else _PROMPT_WEIGHT for own in answer])
+                weights[row, : len(tokens)] = torch.tensor([1.0 if own else prompt_weight for own in answer])
             yield ids, weights
 
 
 def loss_of(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # on the CPU torch's fused attention pays for long rows only
     model.set_attn_implementation("eager" if ids.shape[1] <= _SHORT and ids.device.type == "cpu" else "sdpa")
+    counted = weights[:, 1:] > 0
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weight = weights[:, 1:].flatten()
+        logits = model.lm_head(model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[counted])
+    losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
+    weight = weights[:, 1:][counted]
     return (losses * weight).sum() / weight.sum()
 
 
@@ -109,20 +109,28 @@ def make_optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """rate: the peak of the learning rate. late: the corpus of the end, see `training_conversations`."""
+    """rate: the peak of the learning rate. prompt_weight: of the loss on what the user writes, where answers weigh 1."""
 
     tokens: int
     rate: float
-    late: bool
+    mix: Mix
+    prompt_weight: float = 0.0
 
 
-STAGES = (Stage(16_000_000, 4e-3, late=False), Stage(5_000_000, 2e-3, late=True))
+STAGES = (
+    Stage(16_000_000, 4e-3, EARLY, prompt_weight=0.05),  # what the user writes teaches words and repetition
+    Stage(5_000_000, 2e-3, LATE, prompt_weight=0.05),
+    Stage(13_000_000, 2e-3, EXACT),
+)
 
 
-def train(model: Any, tokenizer: Any, stage: Stage, device: str, save: Callable[[], None] = lambda: None) -> None:
+def train(
+    model: Any, tokenizer: Any, stage: Stage, device: str, save: Callable[[], None] = lambda: None, seed: int = 1
+) -> None:
     """A warm-up and a cosine over the given number of tokens, padding included. Calls `save` every tenth."""
     optimizers = make_optimizers(model, stage.rate)
-    source = batches(tokenizer, training_conversations(1 + stage.late, stage.late), random.Random(2))
+    conversations = training_conversations(seed, stage.mix)
+    source = batches(tokenizer, conversations, random.Random(2), stage.prompt_weight)
     tokens = stage.tokens
     done, smooth = 0, 0.0
     with tqdm(total=tokens, unit="token", unit_scale=True, smoothing=0.05) as bar:
@@ -160,22 +168,30 @@ def held_out_loss(model: Any, tokenizer: Any, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--late", type=Path, metavar="FOLDER", help="only the second stage, from the weights in this folder")
+    parser.add_argument(
+        "--last",
+        type=Path,
+        metavar="FOLDER",
+        help="only the last stage, from the weights and with the tokenizer in this folder",
+    )
     options = parser.parse_args()
+    from transformers import AutoTokenizer
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    tokenizer = train_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(options.last) if options.last else train_tokenizer()
     model = make_model(tokenizer).to(device)
-    if options.late:
-        model.load_state_dict(type(model).from_pretrained(options.late).state_dict())
+    if options.last:
+        model.load_state_dict(type(model).from_pretrained(options.last).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}, on {device}")
 
     def save() -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(options.folder)
         tokenizer.save_pretrained(options.folder)
 
-    for stage in STAGES[1:] if options.late else STAGES:
-        train(model, tokenizer, stage, device, save)
+    for number, stage in enumerate(STAGES, start=1):
+        if number == len(STAGES) or not options.last:
+            train(model, tokenizer, stage, device, save, seed=number)
     print(f"held-out loss on answers: {held_out_loss(model, tokenizer, device):.4f}")
     save()
     from simple_flashinfer.demo.evaluate import evaluate, write_card

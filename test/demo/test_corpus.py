@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
-from simple_flashinfer.demo.corpus import conversation, training_conversations
+from simple_flashinfer.demo.corpus import EARLY, EXACT, LATE, conversation, training_conversations
 from simple_flashinfer.demo.evaluate import cases, questions
-from simple_flashinfer.demo.skills import SKILLS, is_held_out
+from simple_flashinfer.demo.skills import DRILLS, SKILLS, is_held_out
 from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
 from simple_flashinfer.demo.train import CONTEXT, Stage, encode, held_out_loss, make_model, train
 
@@ -35,7 +35,7 @@ def test_training_learns_something_and_saves(tokenizer):
     torch.manual_seed(0)
     model, saved = make_model(tokenizer), []
     before = held_out_loss(model, tokenizer, "cpu")
-    train(model, tokenizer, Stage(60_000, 4e-3, late=False), "cpu", save=lambda: saved.append(1))
+    train(model, tokenizer, Stage(60_000, 4e-3, EARLY), "cpu", save=lambda: saved.append(1))
     assert held_out_loss(model, tokenizer, "cpu") < before - 1
     assert len(saved) >= 9
 
@@ -52,6 +52,25 @@ def test_nothing_that_is_held_out_is_trained_on():
     seen = {(skill, key) for skill in SKILLS for key in _keys(skill, held_out=False)}
     assert held
     assert not held & seen
+
+
+@pytest.mark.parametrize("mix", [EARLY, LATE, EXACT], ids=["early", "late", "exact"])
+def test_no_list_that_is_held_out_is_drilled(mix):
+    """The key of a repetition is its answer, and that of a reversal its answer backwards."""
+    keys = {"repeat": [], "reverse": []}
+    for made in itertools.islice(training_conversations(seed=6, mix=mix), 4000):
+        if made.skill in keys:
+            words = made.messages[-1]["content"].split()
+            keys[made.skill].append(" ".join(words if made.skill == "repeat" else reversed(words)))
+    assert all(len(found) > 50 for found in keys.values())
+    assert not [(skill, key) for skill, found in keys.items() for key in found if is_held_out(skill, key)]
+
+
+def test_the_last_mix_drills_every_skill_with_lists(tokenizer):
+    made = list(itertools.islice(training_conversations(seed=6, mix=EXACT), 2000))
+    longest = {skill: max(len(c.messages[-1]["content"].split()) for c in made if c.skill == skill) for skill in DRILLS}
+    assert longest == {"repeat": 30, "reverse": 12, "sort": 9, "capitalise": 12}
+    assert all(len(encode(tokenizer, c)[0]) <= CONTEXT for c in made)
 
 
 def _keys(skill, held_out):
