@@ -112,7 +112,7 @@ LATE = Mix(  # more of what takes long to get exact, which is all that copies
 EXACT = Mix(  # long lists and made-up words: one word in ten was taken from beside its place
     {"small talk": 0.4, "unknown": 0.4, "server": 0.9, "arithmetic": 4.0, "repeat": 2.5, "reverse": 3.0, "sort": 3.5, "count": 0.5,
      "capitalise": 3.0, "extract": 5.0},
-    drills=0.25, all_drills=True, tools=0.14, recalls=0.3,
+    drills=0.4, all_drills=True, memory=0.16, recalls=0.3,
 )  # fmt: skip
 _FILLERS = ["small talk", "arithmetic", "repeat", "reverse", "sort", "capitalise", "server"]
 

@@ -273,10 +273,10 @@ def capitalise(rng: random.Random, most: int = 5, shares: Sequence[float] = (0.0
 
 
 DRILLS: dict[str, Callable[[random.Random], Exchange]] = {
-    "repeat": lambda rng: repeat(rng, 30, _DRILL_SHARES),
-    "reverse": lambda rng: reverse(rng, 12, _DRILL_SHARES),
-    "sort": lambda rng: sort(rng, 9),
-    "capitalise": lambda rng: capitalise(rng, 12, _DRILL_SHARES),
+    "repeat": lambda rng: repeat(rng, 16, _DRILL_SHARES),
+    "reverse": lambda rng: reverse(rng, 9, _DRILL_SHARES),
+    "sort": lambda rng: sort(rng, 7),
+    "capitalise": lambda rng: capitalise(rng, 8, _DRILL_SHARES),
 }
 """What the skills of these names ask, with longer lists and more words that no list holds."""
 

@@ -3,12 +3,15 @@ import random
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from simple_flashinfer.demo import DEMO_FOLDER
 from simple_flashinfer.demo.corpus import EARLY, EXACT, LATE, conversation, training_conversations
 from simple_flashinfer.demo.evaluate import cases, questions
 from simple_flashinfer.demo.skills import DRILLS, SKILLS, is_held_out
 from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
-from simple_flashinfer.demo.train import CONTEXT, Stage, encode, held_out_loss, make_model, train
+from simple_flashinfer.demo.train import CONTEXT, Stage, encode, held_out_loss, look_back, make_model, train
+from simple_flashinfer.demo.words import NOUNS
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,17 @@ def test_training_learns_something_and_saves(tokenizer):
     assert len(saved) >= 9
 
 
+def test_heads_are_set_to_look_one_and_two_tokens_back():
+    model = LlamaForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32, attn_implementation="eager")
+    look_back(model)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    ids = tokenizer.encode(" " + " ".join(random.Random(1).sample(NOUNS, 200)), add_special_tokens=False)
+    with torch.inference_mode():
+        (attention,) = model(input_ids=torch.tensor([ids]), output_attentions=True).attentions[0]  # [heads, T, T]
+    assert attention[0].diagonal(-1).mean() > 0.7
+    assert attention[1].diagonal(-2).mean() > 0.7
+
+
 def test_the_corpus_is_the_same_for_the_same_seed():
     first, second = ([c.messages for c in itertools.islice(training_conversations(seed=4), 50)] for _ in range(2))
     assert first == second
@@ -69,7 +83,7 @@ def test_no_list_that_is_held_out_is_drilled(mix):
 def test_the_last_mix_drills_every_skill_with_lists(tokenizer):
     made = list(itertools.islice(training_conversations(seed=6, mix=EXACT), 2000))
     longest = {skill: max(len(c.messages[-1]["content"].split()) for c in made if c.skill == skill) for skill in DRILLS}
-    assert longest == {"repeat": 30, "reverse": 12, "sort": 9, "capitalise": 12}
+    assert longest == {"repeat": 16, "reverse": 9, "sort": 7, "capitalise": 8}
     assert all(len(encode(tokenizer, c)[0]) <= CONTEXT for c in made)
 
 
