@@ -2,8 +2,9 @@
 
     python3 -m simple_flashinfer.demo.train OUT_FOLDER
 
-Took 80 + 24 minutes, its two stages, on two cores with other work beside it. Prints the loss on held-out conversations and
-the scores of `evaluate`, and writes them into the folder's README.md. To serve it: --model OUT_FOLDER.
+Took 80 + 24 minutes, its first two stages, on two cores with other work beside it, and about 50 minutes, the last, on one.
+Prints the loss on held-out conversations and the scores of `evaluate`, and writes them into the folder's README.md. To serve
+it: --model OUT_FOLDER.
 """
 
 import argparse
