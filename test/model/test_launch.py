@@ -3,28 +3,23 @@
 import gc
 import json
 import shutil
-import time
 import weakref
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, BartConfig, GenerationConfig, LlamaConfig, MambaConfig, Phi3Config, Qwen2MoeConfig
 
 from simple_flashinfer import LLM, SamplingParams
-from simple_flashinfer.attention import AttentionLayer, backend_class
+from simple_flashinfer.attention import AttentionLayer
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.engine.launch import _attention, _cuda_kernels, _graphs, _uses_graphs, build_engine, warm_up
 from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
-from simple_flashinfer.model.cuda_graph import CudaCapture, DecodeGraphs
 from simple_flashinfer.model.loader import _eos_token_ids, _max_model_len, load_model
 from simple_flashinfer.model.runner import ModelRunner
 from simple_flashinfer.model.threads import available_cores, num_threads
-from simple_flashinfer.sampling.grammar import GrammarState
 from test.attention import fake_flashinfer
 from test.conftest import _COMMON, OUTPUT_LENGTH
 
@@ -258,135 +253,6 @@ def test_compiled_the_tokens_are_the_same(checkpoint):
     model = checkpoint("llama")
     llm = LLM(model.path, torch_dtype="float32", torch_compile=True, max_num_batched_tokens=60)
     assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
-
-
-def flashinfer_llm(monkeypatch, path, backend_options=None, **settings):
-    """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
-    fake_flashinfer.install(monkeypatch)
-    llm = LLM(path, **settings)
-    runner = llm.core.executor
-    layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
-    options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}
-    options |= backend_options or {}
-    runner.use_backend(backend_class("flashinfer")(layers, **options))
-    return llm
-
-
-@pytest.mark.parametrize("budget", [7, 2048])
-def test_the_flashinfer_backend_end_to_end_over_the_stand_in(monkeypatch, tmp_path, random_model, budget):
-    """head_dim 64 and 16 bit, as the kernels need; the same engine on the torch backend says what is right."""
-    settings = {"torch_dtype": "float32", "torch_dtype_autocast": "bfloat16", "max_num_batched_tokens": budget}
-    prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33, 100)]
-    expected = tokens(LLM(random_model, **settings), prompts)
-    got = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts)
-    same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
-    assert sum(same) > 0.8 * len(same), "bfloat16 rounds the two a little differently"
-
-
-def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_model):
-    """It is tried again at once, and two threads must not work on one grammar's state."""
-    grammar = '{"grammars":[{"lark_grammar":"start: /[a-z]{3,9}/"}]}'
-    params = SamplingParams(seed=7, max_tokens=20, grammar=grammar)
-    llm = LLM(random_model, torch_dtype="float32")
-    expected = tokens(llm, ["Hello"], params)
-    runner, made, were_done = llm.core.executor, [], []
-    execute, run_model, masks, mask = runner.execute, runner._run_model, runner._grammars.masks, GrammarState.mask
-
-    def look(batch):
-        were_done.append(all(future.done() for future in made))
-        return execute(batch)
-
-    def fail_once(inputs):
-        if len(were_done) == 2:
-            raise MemoryError
-        return run_model(inputs)
-
-    monkeypatch.setattr(runner, "execute", look)
-    monkeypatch.setattr(runner, "_run_model", fail_once)
-    monkeypatch.setattr(runner._grammars, "masks", lambda rows: made.extend(new := masks(rows)) or new)
-    monkeypatch.setattr(GrammarState, "mask", lambda state: time.sleep(0.05) or mask(state))
-    # alone it would be to blame for the failure
-    got = llm.generate(["Hello", "Hello"], params, use_tqdm=False)
-    assert [output.token_ids for output in got] == expected * 2
-    assert all(were_done)
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
-    """Recording is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
-    prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33)]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (30, 12, 25, 30, 3)]
-    settings = {"torch_dtype": "bfloat16", "max_sequence": 6}
-    expected = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts, params)
-    llm = flashinfer_llm(monkeypatch, random_model, **settings, overlap=overlap)
-    runner, captured = llm.core.executor, []
-
-    def capture(function):
-        captured.append(function)
-        with torch.inference_mode():
-            function()  # to warm up
-        return function
-
-    backend = runner._hook.backend
-    runner._graphs = DecodeGraphs(backend, runner._decode, 6, CPU, capture)
-    scratch = [cache[llm.info.num_pages].fill_(7) for cache in backend._caches.values()]
-    assert tokens(llm, prompts, params) == expected
-    assert len(captured) == 3, "batches of 5, 4, 3 and 2 requests take the sizes 8, 4 and 2"
-    assert all((page[:, 0] != 7).all() and (page[:, 1:] == 7).all() for page in scratch), "padding writes to one place only"
-    assert [DecodeGraphs.size_of(n) for n in (1, 2, 3, 5, 8, 9, 128)] == [1, 2, 4, 8, 8, 16, 128]
-
-
-def test_a_model_that_waits_for_the_device_is_not_recorded(monkeypatch, caplog):
-    """Over a stand-in for what finds it out; test_gpu has the real one."""
-    modes = ["default"]
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (
-        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", nullcontext), ("CUDAGraph", None),
-        ("set_sync_debug_mode", modes.append),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-
-    def waits():
-        if modes[-1] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return ()
-
-    def fails():
-        if modes[-1] == "error":
-            raise RuntimeError("something else")
-
-    capture = CudaCapture()
-    assert capture(waits) is waits
-    assert capture(waits) is waits
-    assert modes == ["default", "error", "default"]
-    assert caplog.text.count("not recorded as CUDA graphs") == 1
-    with pytest.raises(RuntimeError, match="something else"):
-        CudaCapture()(fails)
-    assert modes[-1] == "default"
-
-
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_a_prompt_that_requests_share_is_read_once_for_all(monkeypatch, random_model, kv_dtype):
-    """Through prefix caching: the scheduler gives all of them the same pages, also while some are still in their prompts."""
-    prefix = list(range(3, 73))
-    prompts = [[*prefix, 200 + i, *range(300, 300 + 20 * i)] for i in range(5)]
-    monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", 1)
-    found = {}
-    for cascade in (False, True):
-        options = {"cascade": cascade, "kv_dtype": kv_dtype}
-        llm = flashinfer_llm(monkeypatch, random_model, options, torch_dtype="bfloat16", max_num_batched_tokens=64)
-        tokens(llm, [prefix])
-        shared, backend = [], llm.core.executor._hook.backend
-
-        def record(wrappers, metadata, plan=backend._plan_cascade, shared=shared):
-            shared.append(metadata.num_shared_pages * bool(wrappers))
-            plan(wrappers, metadata)
-
-        monkeypatch.setattr(backend, "_plan_cascade", record)
-        found[cascade] = tokens(llm, prompts)
-        assert set(shared) == ({0, 4} if cascade else {0}), "70 tokens are four full pages"
-    same = [a == b for x, y in zip(found[True], found[False], strict=True) for a, b in zip(x, y, strict=True)]
-    assert sum(same) > 0.8 * len(same), "merging rounds a little differently"
 
 
 def test_graphs_that_can_not_be_are_refused():
