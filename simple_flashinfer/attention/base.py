@@ -6,13 +6,17 @@ query tokens included: a query token at position p attends to positions 0 .. p.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from simple_flashinfer.kernels.decoder_layer import DecoderParts
 from simple_flashinfer.types import Int32Array, SchedulerOutput
+
+# hidden states [1, T, hidden], cos and sin [1, T, head_dim] -> hidden states
+RunLayer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class UnsupportedLayerError(ValueError):
@@ -188,6 +192,10 @@ class AttentionBackend(ABC):
         q [T, num_qo_heads, head_dim_qk], k [T, num_kv_heads, head_dim_qk], v [T, num_kv_heads, head_dim_vo], all in
         `dtype`; sinks [num_qo_heads]. Returns [T, num_qo_heads, head_dim_vo].
         """
+
+    def decoder_layer(self, layer_idx: int, parts: DecoderParts) -> RunLayer | None:
+        """The whole decoder layer around this attention as one call, if there is one."""
+        return None
 
     @abstractmethod
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,13 +4,13 @@ One step of 16 sequences at 384 tokens (9 query and 3 K/V heads of 64, bfloat16,
 is what the memory gives, against 776 us with a gather and torch's matmuls (attention/sdpa.py).
 """
 
-import numpy as np
 import torch
 
-from simple_flashinfer.attention.base import AttentionLayer, AttentionMetadata
+from simple_flashinfer.attention.base import AttentionLayer, AttentionMetadata, RunLayer
 from simple_flashinfer.attention.sdpa import SdpaBackend
 from simple_flashinfer.kernels.compiler import CompileError
-from simple_flashinfer.kernels.cpu import Attention, array_pointer, attention, supports
+from simple_flashinfer.kernels.cpu import PAGE_MULTIPLE, Attention, Batch, attention, cpu_kernels, supports
+from simple_flashinfer.kernels.decoder_layer import DecoderLayer, DecoderParts
 
 
 def _kernel(layer: AttentionLayer, dtype: torch.dtype, page_size: int = 16) -> Attention:
@@ -22,6 +22,8 @@ class CpuBackend(SdpaBackend):
 
     def _allocate(self) -> None:
         assert self.kv_dtype == self.dtype  # settled at start: the kernels know one dtype
+        if self.page_size % PAGE_MULTIPLE:
+            raise ValueError(f"the kernels for the CPU need pages of a multiple of {PAGE_MULTIPLE} tokens")
         super()._allocate()
         self._kernels = {index: _kernel(layer, self.dtype, self.page_size) for index, layer in self.layers.items()}
 
@@ -40,10 +42,9 @@ class CpuBackend(SdpaBackend):
     def plan(self, metadata: AttentionMetadata) -> None:
         meta = metadata
         pages = meta.kv_indices[meta.kv_indptr[meta.batch_indices] + meta.positions // self.page_size]
-        arrays = (pages, meta.positions % self.page_size, meta.qo_indptr, meta.kv_indptr, meta.kv_indices, meta.kv_lens)
-        self._arrays = [np.ascontiguousarray(array, np.int32) for array in arrays]  # held here: the kernels get pointers
-        self._pointers = [array_pointer(array) for array in self._arrays]
-        self._num_requests = len(meta.kv_lens)
+        self._batch = Batch.of(
+            pages, meta.positions % self.page_size, meta.qo_indptr, meta.kv_indptr, meta.kv_indices, meta.kv_lens
+        )
 
     def run(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
@@ -51,10 +52,23 @@ class CpuBackend(SdpaBackend):
         layer, kernel = self.layers[layer_idx], self._kernels[layer_idx]
         k_cache, v_cache = self._caches[layer_idx]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        pages, rows, qo_indptr, kv_indptr, kv_indices, kv_lens = self._pointers
-        kernel.append(k, v, k_cache, v_cache, pages, rows)
+        kernel.append(k, v, k_cache, v_cache, self._batch)
         return kernel.attend(
-            q, k_cache, v_cache, (qo_indptr, kv_indptr, kv_indices, kv_lens), self._num_requests,
+            q, k_cache, v_cache, self._batch,
             window=layer.sliding_window, scaling=layer.scaling, softcap=layer.softcap,
             sinks=None if sinks is None else sinks.float(),
         )  # fmt: skip
+
+    def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self._kernels[layer_idx].unpacked(*(cache[pages] for cache in self._caches[layer_idx]))
+        return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
+
+    def decoder_layer(self, layer_idx: int, parts: DecoderParts) -> RunLayer | None:
+        layer = self.layers[layer_idx]
+        if layer.has_sinks or parts.qkv.dtype != self.dtype:
+            return None
+        run = DecoderLayer(
+            parts, cpu_kernels(self.dtype), self._kernels[layer_idx], *self._caches[layer_idx],
+            num_qo_heads=layer.num_qo_heads, window=layer.sliding_window, scaling=layer.scaling, softcap=layer.softcap,
+        )  # fmt: skip
+        return lambda x, cos, sin: run(x, cos, sin, self._batch)

@@ -132,7 +132,8 @@ def _build_engine(
         reserve = step_bytes + graph_bytes + backend_class(name).workspace_bytes(layers, num_graphs)
         num_pages, max_model_len = plan_pages(config, bytes_per_page, device, loaded.max_model_len, reserve)
         with _memory_for("the KV cache", "lower --memory_utilization or --kv_cache_memory"):
-            runner.use_backend(_make_backend(config, name, layers, num_pages, dtype, kv_dtype, device))
+            backend = _make_backend(config, name, layers, num_pages, dtype, kv_dtype, device)
+            runner.use_backend(backend, fuse=config.fuse and not config.torch_compile)
     except (UnsupportedLayerError, ImportError) as error:
         raise ConfigError(f"--model {config.model}: {error}") from error
     if config.torch_compile:
@@ -296,24 +297,30 @@ def _attention(
         dtype = getattr(torch, config.torch_dtype_autocast)
     elif name in ("auto", "flashinfer") and device.type == "cuda" and model_dtype == torch.float32:
         dtype = torch.bfloat16
-    narrow = config.kv_cache_dtype == "fp8"
-    if narrow and name == "cpu":
-        raise ConfigError("--kv_cache_dtype fp8 is not for --attention_backend cpu; use --attention_backend sdpa")
-    kv_dtype = torch.float8_e4m3fn if narrow else dtype
-    if name != "auto":
-        return name, dtype, kv_dtype
-    if device.type == "cuda":
-        return "flashinfer", dtype, kv_dtype
-    if narrow:
-        logger.warning("Attention in plain torch, which is slower: the kernels for the CPU can't read --kv_cache_dtype fp8")
-        return "sdpa", dtype, kv_dtype
-    from simple_flashinfer.attention.cpu import CpuBackend
+    kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    if name in ("sdpa", "flashinfer") or device.type == "cuda":
+        return name.replace("auto", "flashinfer"), dtype, kv_dtype
+    reason = _against_cpu_kernels(config, layers, dtype)
+    if reason is None:
+        return "cpu", dtype, kv_dtype
+    if name == "cpu":
+        raise ConfigError(f"--attention_backend cpu is not possible: {reason}; use --attention_backend sdpa")
+    logger.warning("Attention in plain torch, which is slower: %s", reason)
+    return "sdpa", dtype, kv_dtype
 
+
+def _against_cpu_kernels(config: Config, layers: "list[AttentionLayer]", dtype: "torch.dtype") -> str | None:
+    from simple_flashinfer.attention.cpu import CpuBackend
+    from simple_flashinfer.kernels.cpu import PAGE_MULTIPLE
+
+    if config.kv_cache_dtype == "fp8":
+        return "its kernels can't read --kv_cache_dtype fp8"
+    if config.page_size % PAGE_MULTIPLE:
+        return f"its kernels need a --page_size that is a multiple of {PAGE_MULTIPLE}"
     for layer in layers:
         if reason := CpuBackend.unsupported(layer, dtype):
-            logger.warning("Attention in plain torch, which is slower: layer %d of the model %s", layer.layer_idx, reason)
-            return "sdpa", dtype, kv_dtype
-    return "cpu", dtype, kv_dtype
+            return f"layer {layer.layer_idx} of the model {reason}"
+    return None
 
 
 def _make_backend(

@@ -1,6 +1,10 @@
 // Causal attention of a batch of requests over pages of keys and values, read where they lie. Compiled for one head size, one
-// number of query heads a K/V head and one page size: -DHEAD_DIM=64 -DGROUP=3 -DPAGE_SIZE=16. K and V are
-// [num_pages, kv_heads, PAGE_SIZE, HEAD_DIM].
+// number of query heads a K/V head and one page size, a multiple of 16: -DHEAD_DIM=64 -DGROUP=3 -DPAGE_SIZE=16.
+//
+// Keys and values lie as matmuls want them, so that a vector of either is multiplied with broadcast numbers and no sum has to
+// be added up across lanes: K is [num_pages, kv_heads, PAGE_SIZE / 16, HEAD_DIM / PAIR, 16, PAIR], PAIR dimensions of 16 tokens
+// a vector, V is [num_pages, kv_heads, PAGE_SIZE / PAIR, HEAD_DIM, PAIR], 16 dimensions of PAIR tokens. Softmax's weights are
+// rounded to Scalars, as on a GPU's tensor cores; their sum is of the exact ones.
 //
 // A task is a block of query tokens of one request, with all the query heads of one K/V head, over PART keys at a time: the
 // parts are put together by their maxima and sums as they come (flash attention). A request with one query token, whose
@@ -15,49 +19,18 @@ namespace {
 
 constexpr int64_t PART = 512;
 constexpr int64_t WORTH_SHARING = 256;  // keys of all tasks
-constexpr int64_t AHEAD = 32;           // keys that are fetched ahead: the processor does not guess where the next page is
+constexpr int64_t AHEAD = 64;           // keys that are fetched ahead: the processor does not guess where the next page is
 constexpr int VECTORS = HEAD_DIM / LANES;
-constexpr int TOKENS = GROUP < 8 ? 8 / GROUP : 1;  // of a block
+constexpr int TOKENS = GROUP < 12 ? 12 / GROUP : 1;  // of a block
 constexpr int QUERIES = TOKENS * GROUP;
-static_assert(HEAD_DIM % LANES == 0);
+static_assert(HEAD_DIM % LANES == 0 && PAGE_SIZE % LANES == 0);
 
-#if defined(SCALAR_BF16) && defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
-constexpr int PIECE = 32;
-using Piece = __m512bh;
-inline Piece read(const Scalar* from) { return (__m512bh)_mm512_loadu_si512(from); }
-inline Vector add_product(Vector sum, Piece a, Piece b) { return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
-#else
-constexpr int PIECE = LANES;
-using Piece = Vector;
-inline Piece read(const Scalar* from) { return load_vector(from); }
-inline Vector add_product(Vector sum, Piece a, Piece b) { return sum + a * b; }
-#endif
-constexpr int PIECES = HEAD_DIM / PIECE;
-
-typedef int Index __attribute__((vector_size(4 * LANES)));
-
-inline Vector add_neighbours(Vector a, Vector b) {
-    const Index even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-}
-
-// the sums over the lanes of 16 vectors, as one vector
-inline Vector sums(Vector (&x)[LANES]) {
-    for (int count = LANES; count > 1; count /= 2)
-        for (int i = 0; i < count / 2; ++i) x[i] = add_neighbours(x[2 * i], x[2 * i + 1]);
-    return x[0];
-}
-
-struct Rows {  // of one request and K/V head: where token i of the request lies
+struct Tiles {  // of one request and K/V head: where its tokens i, i + 1, .. i + LANES - 1 lie
     const Scalar* cache;
     const int32_t* pages;
     int64_t page_stride;
     const Scalar* operator[](uint32_t i) const {  // unsigned, and the size known: no division
         return cache + pages[i / PAGE_SIZE] * page_stride + i % PAGE_SIZE * HEAD_DIM;
-    }
-    void prefetch(uint32_t i) const {
-        const char* row = (const char*)(*this)[i];
-        for (size_t at = 0; at < HEAD_DIM * sizeof(Scalar); at += 64) __builtin_prefetch(row + at);
     }
 };
 
@@ -75,61 +48,67 @@ struct Block {
 
 // adds keys begin .. end - 1, at most PART of them; num_queries is known when this is compiled, so all sums stay in registers
 template <int num_queries>
-void attend(const Block& block, Rows keys, Rows values, int64_t begin, int64_t end, Result& result) {
-    alignas(64) static thread_local float weights[QUERIES][PART];
-    const int64_t count = end - begin;
-    for (int64_t start = 0; start < count; start += LANES) {
-        Vector dots[QUERIES][LANES];
-        for (int j = 0; j < LANES; ++j) {
-            const Scalar* row = keys[std::min(begin + start + j, end - 1)];
-            const int64_t ahead = begin + start + j + AHEAD;
-            if (ahead < end)
-                keys.prefetch(ahead);
-            else if (begin + ahead - end < end)
-                values.prefetch(begin + ahead - end);
-            Piece key[PIECES];
-            for (int d = 0; d < PIECES; ++d) key[d] = read(row + d * PIECE);
-            for (int g = 0; g < num_queries; ++g) {
-                Vector dot = {};
-                for (int d = 0; d < PIECES; ++d) dot = add_product(dot, read(block.queries[g] + d * PIECE), key[d]);
-                dots[g][j] = dot;
-            }
+void attend(const Block& block, Tiles keys, Tiles values, int64_t begin, int64_t end, Result& result) {
+    alignas(64) static thread_local float scores[num_queries][PART];
+    alignas(64) static thread_local Scalar weights[num_queries][PART];
+    constexpr int TILES = num_queries < 6 ? 6 / num_queries : 1;  // side by side, so that no product waits for the one before
+    const int64_t count = end - begin, padded = (count + LANES - 1) / LANES * LANES;
+    for (int64_t start = 0; start < padded; start += TILES * LANES) {
+        const Scalar *tile[TILES], *next[TILES];
+        for (int t = 0; t < TILES; ++t) {
+            tile[t] = keys[begin + std::min(start + t * LANES, padded - LANES)];
+            const int64_t ahead = start + t * LANES + AHEAD;
+            next[t] = ahead < padded ? keys[begin + ahead] : values[begin + std::min(ahead - padded, padded - LANES)];
         }
-        for (int g = 0; g < num_queries; ++g) *(Vector*)&weights[g][start] = sums(dots[g]) * block.scaling;
+        Vector sums[num_queries][TILES] = {};
+        for (int d = 0; d < HEAD_DIM; d += PAIR)
+            for (int t = 0; t < TILES; ++t) {
+                __builtin_prefetch(next[t] + d * LANES, 0, 2);
+                const Pairs key = read_pairs(tile[t] + d * LANES);
+                for (int g = 0; g < num_queries; ++g) add_products(sums[g][t], key, block.queries[g] + d);
+            }
+        for (int g = 0; g < num_queries; ++g)
+            for (int t = 0; t < TILES && start + t * LANES < padded; ++t)
+                *(Vector*)&scores[g][start + t * LANES] = sums[g][t] * block.scaling;
     }
     for (int g = 0; g < num_queries; ++g) {
-        float* w = weights[g];
+        float* s = scores[g];
+        Scalar* w = weights[g];
         const int64_t position = block.position + g / GROUP;
         // of these keys the query sees those from first to last - 1
-        const int64_t last = std::min(count, position + 1 - begin);
-        const int64_t first = std::min(std::max<int64_t>(position + 1 - block.window - begin, 0), count);
+        const int64_t last = std::max<int64_t>(std::min(count, position + 1 - begin), 0);
+        const int64_t first = std::min(std::max<int64_t>(position + 1 - block.window - begin, 0), last);
         if (block.softcap > 0)
-            for (int64_t j = first; j < last; ++j) w[j] = block.softcap * std::tanh(w[j] / block.softcap);
+            for (int64_t j = first; j < last; ++j) s[j] = block.softcap * std::tanh(s[j] / block.softcap);
         float peak = result.peak[g], sum = 0;
 #pragma omp simd reduction(max : peak)
-        for (int64_t j = first; j < last; ++j) peak = std::max(peak, w[j]);
-        for (int64_t j = 0; j < std::min(first, count); ++j) w[j] = 0;
-        for (int64_t j = std::max<int64_t>(last, 0); j < count; ++j) w[j] = 0;
-        if (peak == -INFINITY) continue;  // nothing seen yet
+        for (int64_t j = first; j < last; ++j) peak = std::max(peak, s[j]);
+        std::fill(s, s + first, 0.0f);
+        std::fill(s + last, s + padded, 0.0f);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < last; ++j) sum += w[j] = exp_(w[j] - peak);
+        for (int64_t j = first; j < last; ++j) sum += s[j] = exp_(s[j] - peak);
+        for (int64_t j = 0; j < padded; j += LANES) store_vector(load_floats(s + j), w + j);
+        if (peak == -INFINITY) continue;  // nothing seen yet
         const float shrink = exp_(result.peak[g] - peak);
         result.sum[g] = result.sum[g] * shrink + sum;
         result.peak[g] = peak;
         for (int d = 0; d < VECTORS; ++d) result.values[g][d] *= shrink;
     }
-    for (int first = 0; first < num_queries; first += GROUP) {
-        Vector total[GROUP][VECTORS];
-        std::memcpy(total, result.values[first], sizeof(total));
-        for (int64_t j = 0; j < count; ++j) {
-            const Scalar* row = values[begin + j];
-            if (j + AHEAD < count) values.prefetch(begin + j + AHEAD);
-            for (int d = 0; d < VECTORS; ++d) {
-                const Vector value = load_vector(row + d * LANES);
-                for (int g = 0; g < GROUP; ++g) total[g][d] += weights[first + g][j] * value;
-            }
+    constexpr int WIDTH = num_queries * VECTORS <= 24 ? VECTORS : num_queries <= 12 && VECTORS % 2 == 0 ? 2 : 1;  // fits into registers
+    for (int first = 0; first < VECTORS; first += WIDTH) {
+        Vector total[num_queries][WIDTH];
+        for (int g = 0; g < num_queries; ++g) std::memcpy(total[g], result.values[g] + first, sizeof(total[g]));
+        for (int64_t start = 0; start < padded; start += LANES) {
+            const Scalar* tile = values[begin + start] + first * LANES * PAIR;
+            const Scalar* next = values[begin + std::min(start + AHEAD, padded - LANES)] + first * LANES * PAIR;
+            for (int j = 0; j < LANES; j += PAIR)
+                for (int d = 0; d < WIDTH; ++d) {
+                    __builtin_prefetch(next + j * HEAD_DIM + d * LANES * PAIR, 0, 2);
+                    const Pairs value = read_pairs(tile + j * HEAD_DIM + d * LANES * PAIR);
+                    for (int g = 0; g < num_queries; ++g) add_products(total[g][d], value, &weights[g][start + j]);
+                }
         }
-        std::memcpy(result.values[first], total, sizeof(total));
+        for (int g = 0; g < num_queries; ++g) std::memcpy(result.values[g] + first, total[g], sizeof(total[g]));
     }
 }
 
@@ -146,21 +125,23 @@ void write(const Result& result, int query, Scalar* to) {
 
 extern "C" {
 
+int pair() { return PAIR; }
+
 // q [tokens, kv_heads * GROUP, HEAD_DIM], strides in elements; out the same without gaps. The tokens qo_indptr[r] and
 // following are the last ones of request r, which has kv_lens[r] in the pages kv_indices[kv_indptr[r]] and following. Each
 // sees itself and the window - 1 tokens before it. softcap 0: none; sinks [heads] may be null.
 void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, const Scalar* k_cache, const Scalar* v_cache,
-               const int32_t* qo_indptr, const int32_t* kv_indptr, const int32_t* kv_indices, const int32_t* kv_lens,
-               int64_t requests, int64_t kv_heads, int64_t window, float scaling, float softcap,
-               const float* sinks, Scalar* out) {
+               const Batch* batch, int64_t kv_heads, int64_t window, float scaling, float softcap, const float* sinks,
+               Scalar* out) {
+    const int32_t *qo_indptr = batch->qo_indptr, *kv_lens = batch->kv_lens;
     const int64_t page_stride = kv_heads * PAGE_SIZE * HEAD_DIM;
     std::vector<Task> tasks;
     int64_t num_keys = 0;
-    for (int64_t r = 0; r < requests; ++r) {
+    for (int64_t r = 0; r < batch->requests; ++r) {
         const int64_t tokens = qo_indptr[r + 1] - qo_indptr[r];
         for (int64_t token = 0; token < tokens; token += TOKENS) {
             const int64_t position = kv_lens[r] - tokens + token, last = std::min(position + TOKENS, int64_t(kv_lens[r]));
-            const int64_t first = std::max<int64_t>(0, position + 1 - window), step = tokens == 1 ? PART : last;
+            const int64_t first = std::max<int64_t>(0, position + 1 - window) / LANES * LANES, step = tokens == 1 ? PART : last;
             for (int64_t begin = first; begin < last; begin += step)
                 tasks.push_back({r, token, begin, std::min(begin + step, last), last - first <= step});
             num_keys += last - first;
@@ -189,9 +170,9 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
                 const int64_t token = std::min(g / GROUP, int(block.tokens) - 1);  // a block that is not full repeats its last
                 block.queries[g] = q + (qo_indptr[r] + task.token + token) * q_token_stride + (h * GROUP + g % GROUP) * q_head_stride;
             }
-            const int32_t* pages = kv_indices + kv_indptr[r];
-            const Rows keys = {k_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
-            const Rows values = {v_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
+            const int32_t* pages = batch->kv_indices + batch->kv_indptr[r];
+            const Tiles keys = {k_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
+            const Tiles values = {v_cache + h * PAGE_SIZE * HEAD_DIM, pages, page_stride};
             Result own;
             Result& result = task.whole ? own : results[i];
             result = {};
@@ -219,24 +200,22 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
     }
 }
 
-// k, v [tokens, kv_heads, HEAD_DIM], strides in elements: token t goes to row rows[t] of page pages[t]. What is not finite
-// becomes 0, since a masked key has weight 0 but 0 * NaN is NaN: what one request computes wrongly must not stay for others.
+// k, v [tokens, kv_heads, HEAD_DIM], strides in elements. What is not finite becomes 0, since a masked key has weight 0 but
+// 0 * NaN is NaN: what one request computes wrongly must not stay for others.
 void append(const Scalar* k, const Scalar* v, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
-            int64_t v_head_stride, Scalar* k_cache, Scalar* v_cache, const int32_t* pages, const int32_t* rows,
-            int64_t tokens, int64_t kv_heads) {
-    const auto copy = [](const Scalar* from, Scalar* to) {
-#pragma omp simd
-        for (int d = 0; d < HEAD_DIM; ++d) {
-            const float x = load(from[d]);
-            to[d] = std::fabs(x) <= 3.4028235e38f ? from[d] : narrow(0);
-        }
-    };
-#pragma omp parallel for if (tokens * kv_heads > 1024)
-    for (int64_t t = 0; t < tokens; ++t)
+            int64_t v_head_stride, Scalar* k_cache, Scalar* v_cache, const Batch* batch, int64_t kv_heads) {
+    const auto finite = [](Scalar x) { return std::fabs(load(x)) <= 3.4028235e38f ? x : narrow(0); };
+#pragma omp parallel for if (batch->tokens * kv_heads > 1024)
+    for (int64_t t = 0; t < batch->tokens; ++t)
         for (int64_t h = 0; h < kv_heads; ++h) {
-            const int64_t at = ((pages[t] * kv_heads + h) * PAGE_SIZE + rows[t]) * HEAD_DIM;
-            copy(k + t * k_token_stride + h * k_head_stride, k_cache + at);
-            copy(v + t * v_token_stride + h * v_head_stride, v_cache + at);
+            const int64_t row = batch->rows[t], lane = row % LANES;
+            const int64_t tile = ((batch->pages[t] * kv_heads + h) * PAGE_SIZE + row - lane) * HEAD_DIM;
+            const Scalar *key = k + t * k_token_stride + h * k_head_stride, *value = v + t * v_token_stride + h * v_head_stride;
+            Scalar *to_key = k_cache + tile + lane * PAIR, *to_value = v_cache + tile + lane / PAIR * PAIR * HEAD_DIM + lane % PAIR;
+            for (int d = 0; d < HEAD_DIM; ++d) {
+                to_key[d / PAIR * PAIR * LANES + d % PAIR] = finite(key[d]);
+                to_value[d * PAIR] = finite(value[d]);
+            }
         }
 }
 }

@@ -15,6 +15,8 @@ from simple_flashinfer.kernels.compiler import library_path
 
 _DTYPES = {torch.bfloat16: "SCALAR_BF16", torch.float16: "SCALAR_F16", torch.float32: "SCALAR_F32"}
 _LANES = 16
+PAGE_MULTIPLE = _LANES  # what page sizes must be a multiple of, since K and V come in tiles of tokens
+EVERYTHING = 1 << 40  # a window that no request is longer than
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -33,13 +35,13 @@ class Linear:
         if int8:
             scales = (weight.abs().amax(1).float() / 127).clamp_min(1e-30)
             weight = (weight / scales[:, None]).round_().to(torch.int8)
-            self._multiply = library.linear_int8
+            self.multiply = library.linear_int8
             self.tensors: tuple[torch.Tensor, ...] = _pack(weight, 2), scales
         else:
-            self._multiply = library.linear_plain
+            self.multiply = library.linear_plain
             self.tensors = (_pack(weight, library.linear_pair()),)
-        tensors = *self.tensors, self._bias
-        self._pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        held = self.tensors[0], scales if int8 else None, self._bias
+        self.pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]. Raises TypeError for another dtype than the weights'."""
@@ -48,7 +50,7 @@ class Linear:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        self._multiply(x.data_ptr(), *self._pointers, out.data_ptr(), rows, self.in_features, self.out_features)
+        self.multiply(x.data_ptr(), *self.pointers, out.data_ptr(), rows, self.in_features, self.out_features)
         return out
 
 
@@ -69,20 +71,21 @@ class CpuKernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         with ThreadPoolExecutor() as pool:  # of compilers
-            paths = pool.map(
-                lambda source: str(library_path(source, {_DTYPES[dtype]: 1})), ("elementwise.cpp", "linear.cpp")
-            )
-        elementwise, linear = paths
+            sources = ("elementwise.cpp", "linear.cpp", "decoder_layer.cpp")
+            paths = pool.map(lambda source: str(library_path(source, {_DTYPES[dtype]: 1})), sources)
+        elementwise, linear, decoder_layer = paths
         library = ctypes.PyDLL(elementwise)
-        self._rms_norm = library.rms_norm
-        self._rms_norm.argtypes = [*[_pointer] * 3, _int, _int, _float]
-        self._silu_and_mul = library.silu_and_mul
-        self._silu_and_mul.argtypes = [*[_pointer] * 2, _int, _int]
-        self._rope = library.rope
-        self._rope.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
-        self._linear = ctypes.CDLL(str(linear))
-        self._linear.linear_plain.argtypes = [*[_pointer] * 4, *[_int] * 3]
-        self._linear.linear_int8.argtypes = [*[_pointer] * 5, *[_int] * 3]
+        self.rms_norm_function = library.rms_norm
+        self.rms_norm_function.argtypes = [_pointer, _int, *[_pointer] * 2, *[_int] * 3, _float]
+        self.silu_and_mul_function = library.silu_and_mul
+        self.silu_and_mul_function.argtypes = [*[_pointer] * 2, _int, _int]
+        self.rope_function = library.rope
+        self.rope_function.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
+        self._linear = ctypes.CDLL(linear)
+        for multiply in (self._linear.linear_plain, self._linear.linear_int8):
+            multiply.argtypes = [*[_pointer] * 5, *[_int] * 3]
+        self.decoder_layer_function = ctypes.CDLL(decoder_layer).decoder_layer
+        self.decoder_layer_function.argtypes = [_pointer] * 6
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, int8: bool = False) -> Linear | None:
         """weight [out, in], bias [out]. None for what the kernels don't do: another dtype, an odd number of inputs."""
@@ -94,7 +97,7 @@ class CpuKernels:
         x = x.contiguous()
         out = torch.empty_like(x)
         dim = x.shape[-1]
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps)
+        self.rms_norm_function(x.data_ptr(), dim, weight.data_ptr(), out.data_ptr(), x.numel() // dim, 1, dim, eps)
         return out
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +105,7 @@ class CpuKernels:
         x = x.contiguous()
         dim = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], dim)
-        self._silu_and_mul(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
+        self.silu_and_mul_function(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
         return out
 
     def rope(
@@ -117,7 +120,7 @@ class CpuKernels:
         _, heads, tokens, dim = x.shape
         _, head_stride, token_stride, _ = x.stride()
         out = x.new_empty(1, tokens, heads, dim)
-        self._rope(
+        self.rope_function(
             x.data_ptr(), token_stride, head_stride, cos.data_ptr(), sin.data_ptr(), out.data_ptr(), tokens, heads, dim
         )  # fmt: skip
         return out.transpose(1, 2)
@@ -129,39 +132,63 @@ def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
     return CpuKernels(dtype)
 
 
-def array_pointer(array: np.ndarray) -> int:
-    """Of an int32 array without gaps, which must outlive its use."""
-    assert array.dtype == np.int32
-    assert array.flags.c_contiguous
-    return int(array.__array_interface__["data"][0])
+class Batch(ctypes.Structure):
+    """What the tokens of a step attend to, and where their keys and values go; see AttentionMetadata."""
+
+    _fields_ = (
+        ("tokens", _int), ("requests", _int), ("pages", _pointer), ("rows", _pointer), ("qo_indptr", _pointer),
+        ("kv_indptr", _pointer), ("kv_indices", _pointer), ("kv_lens", _pointer),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, *arrays: np.ndarray) -> "Batch":
+        """pages and rows [T], qo_indptr, kv_indptr, kv_indices, kv_lens [R]."""
+        held = [np.ascontiguousarray(array, np.int32) for array in arrays]
+        batch = cls(len(held[0]), len(held[-1]), *(array.__array_interface__["data"][0] for array in held))
+        batch.held = held  # pointers keep nothing alive
+        return batch
 
 
 class Attention:
     """Attention and appending for one dtype, head size, number of query heads a K/V head, and page size.
 
-    The caches are [num_pages, kv_heads, page_size, head_dim]. Raises CompileError.
+    The caches take the room of [num_pages, kv_heads, page_size, head_dim]; in what order is the kernels' own. Raises
+    CompileError.
     """
 
     def __init__(self, dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
         macros = {_DTYPES[dtype]: 1, "HEAD_DIM": head_dim, "GROUP": group, "PAGE_SIZE": page_size}
         path = str(library_path("attention.cpp", macros))
-        self._append = ctypes.PyDLL(path).append
-        self._append.argtypes = [*[_pointer] * 2, *[_int] * 4, *[_pointer] * 4, *[_int] * 2]
-        self._attend = ctypes.CDLL(path).attention
-        self._attend.argtypes = [_pointer, _int, _int, *[_pointer] * 6, *[_int] * 3, _float, _float, *[_pointer] * 2]
+        self._pair = int(ctypes.CDLL(path).pair())
+        self.append_function = ctypes.PyDLL(path).append
+        self.append_function.argtypes = [*[_pointer] * 2, *[_int] * 4, *[_pointer] * 3, _int]
+        self.attention_function = ctypes.CDLL(path).attention
+        self.attention_function.argtypes = [
+            _pointer,
+            *[_int] * 2,
+            *[_pointer] * 3,
+            *[_int] * 2,
+            _float,
+            _float,
+            *[_pointer] * 2,
+        ]
 
     @staticmethod
     def supports_head_dim(head_dim: int) -> bool:
         return head_dim % _LANES == 0 and head_dim <= 256
 
-    def append(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: int, rows: int
-    ) -> None:
-        """k, v [T, kv_heads, head_dim]; pages and rows point to int32 [T]: where each token goes."""
-        tokens, kv_heads, _ = k.shape
-        self._append(
+    def unpacked(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages as they are kept -> the same as [num_pages, kv_heads, page_size, head_dim]."""
+        pages, heads, size, dim = k.shape
+        k = k.view(pages, heads, size // _LANES, dim // self._pair, _LANES, self._pair).transpose(3, 4)
+        v = v.view(pages, heads, size // self._pair, dim, self._pair).transpose(3, 4)
+        return k.reshape(pages, heads, size, dim), v.reshape(pages, heads, size, dim)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch) -> None:
+        """k, v [T, kv_heads, head_dim]"""
+        self.append_function(
             k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            k_cache.data_ptr(), v_cache.data_ptr(), pages, rows, tokens, kv_heads,
+            k_cache.data_ptr(), v_cache.data_ptr(), ctypes.addressof(batch), k.shape[1],
         )  # fmt: skip
 
     def attend(
@@ -169,21 +196,18 @@ class Attention:
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        indices: tuple[int, int, int, int],
-        num_requests: int,
+        batch: Batch,
         *,
         window: int | None,
         scaling: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """q [T, heads, head_dim] -> the same shape. indices point to the int32 arrays qo_indptr, kv_indptr, kv_indices and
-        kv_lens of AttentionMetadata; sinks float32 [heads].
-        """
+        """q [T, heads, head_dim] -> the same shape; sinks float32 [heads]."""
         out = q.new_empty(q.shape)
-        self._attend(
-            q.data_ptr(), q.stride(0), q.stride(1), k_cache.data_ptr(), v_cache.data_ptr(), *indices,
-            num_requests, k_cache.shape[1], window or 1 << 40, scaling, softcap or 0.0,
+        self.attention_function(
+            q.data_ptr(), q.stride(0), q.stride(1), k_cache.data_ptr(), v_cache.data_ptr(), ctypes.addressof(batch),
+            k_cache.shape[1], window or EVERYTHING, scaling, softcap or 0.0,
             None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out

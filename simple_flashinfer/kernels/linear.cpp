@@ -2,7 +2,8 @@
 //
 // W [out, in] is packed as [out / 16, in / PAIR, 16, PAIR] (out padded to 16): one vector holds the weights of 16 outputs for
 // PAIR neighbouring inputs, to be multiplied with those inputs broadcast. It is read once, front to back, whatever the number
-// of rows, and no sum has to be added up across lanes. A block of 64 outputs and up to 6 rows keeps 24 sums in registers.
+// of rows, and no sum has to be added up across lanes. A block of 64 outputs and up to 6 rows keeps 24 sums in registers. The
+// first block of rows waits for its weights to come from memory; while the others multiply, the next weights are fetched.
 //
 // 8-bit weights are W / scale of each output, rounded to -127 .. 127. For few rows, where reading them is what takes time, x
 // is rounded to 16 bits relative to the largest of CHUNK inputs of a row, finer than bfloat16, and integers are multiplied
@@ -29,38 +30,11 @@ struct Plain {
     using Weight = Scalar;
     using Input = Scalar;
     using Sum = Vector;
+    using Weights = Pairs;
     static constexpr int64_t STEP = INT64_MAX;  // inputs until the sums must be put aside
-#ifdef SCALAR_BF16
-    static constexpr int PAIR = 2;
-#else
-    static constexpr int PAIR = 1;
-#endif
-#if defined(SCALAR_BF16) && defined(__AVX512BF16__)
-    using Weights = __m512bh;
-    static Weights read(const Scalar* w) { return (__m512bh)_mm512_loadu_si512(w); }
-    static void add(Sum& sum, Weights w, const Scalar* x) {
-        int32_t pair;
-        std::memcpy(&pair, x, sizeof(pair));
-        sum = (Vector)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32(pair));
-    }
-#else
-    struct Weights {
-        Vector of[PAIR];
-    };
-    static Weights read(const Scalar* w) {
-#ifdef SCALAR_BF16
-        typedef uint32_t Pairs __attribute__((vector_size(4 * LANES)));
-        Pairs pairs;
-        std::memcpy(&pairs, w, sizeof(pairs));
-        return {(Vector)(pairs << 16), (Vector)(pairs & 0xffff0000u)};
-#else
-        return {load_vector(w)};
-#endif
-    }
-    static void add(Sum& sum, const Weights& w, const Scalar* x) {
-        for (int i = 0; i < PAIR; ++i) sum += w.of[i] * load(x[i]);
-    }
-#endif
+    static constexpr int PAIR = ::PAIR;
+    static Weights read(const Scalar* w) { return read_pairs(w); }
+    static void add(Sum& sum, const Weights& w, const Scalar* x) { add_products(sum, w, x); }
     static Vector to_float(Sum sum) { return sum; }
 };
 
@@ -92,9 +66,14 @@ struct Task {
     int64_t in, out;
 };
 
+struct Ahead {  // memory to fetch while a block multiplies, two lines for each pair of inputs
+    const char* at;
+    int64_t step;
+};
+
 // M rows of the outputs of N tiles, whose weights begin at w
 template <typename Kind, int N, int M>
-void block(const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile, int64_t row) {
+void block(const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile, int64_t row, Ahead ahead) {
     const int64_t in = task.in, chunks = (in - 1) / Kind::STEP + 1;
     const auto* x = task.x + row * in;
     Vector total[N][M] = {};
@@ -104,6 +83,10 @@ void block(const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile,
         for (int64_t k = begin; k < end; k += Kind::PAIR) {
             typename Kind::Weights weights[N];
             for (int n = 0; n < N; ++n) weights[n] = Kind::read(w + n * TILE * in + k * TILE);
+            if (N > 1) {
+                for (int line = 0; line < 2; ++line) __builtin_prefetch(ahead.at + line * ahead.step, 0, 2);
+                ahead.at += 2 * ahead.step;
+            }
             for (int m = 0; m < M; ++m)
                 for (int n = 0; n < N; ++n) Kind::add(sums[n][m], weights[n], x + m * in + k);
         }
@@ -115,27 +98,34 @@ void block(const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile,
         const int64_t first = (tile + n) * TILE, count = std::min<int64_t>(TILE, task.out - first);
         for (int m = 0; m < M; ++m) {
             Scalar* to = task.y + (row + m) * task.out + first;
-            for (int64_t i = 0; i < count; ++i) {
-                const float value = task.w_scales ? total[n][m][i] * task.w_scales[first + i] : total[n][m][i];
-                to[i] = narrow(task.bias ? value + load(task.bias[first + i]) : value);
+            if (count < TILE)
+                for (int64_t i = 0; i < count; ++i) {
+                    const float value = task.w_scales ? total[n][m][i] * task.w_scales[first + i] : total[n][m][i];
+                    to[i] = narrow(task.bias ? value + load(task.bias[first + i]) : value);
+                }
+            else {
+                Vector value = total[n][m];
+                if (task.w_scales) value *= load_floats(task.w_scales + first);
+                if (task.bias) value += load_vector(task.bias + first);
+                store_vector(value, to);
             }
         }
     }
 }
 
 template <typename Kind, int M = ROWS>
-void block_of(int rows, const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile, int64_t row) {
+void block_of(int rows, const Task<Kind>& task, const typename Kind::Weight* w, int64_t tile, int64_t row, Ahead ahead) {
     if constexpr (M == 1)
-        block<Kind, TILES, 1>(task, w, tile, row);
+        block<Kind, TILES, 1>(task, w, tile, row, ahead);
     else if (rows == M)
-        block<Kind, TILES, M>(task, w, tile, row);
+        block<Kind, TILES, M>(task, w, tile, row, ahead);
     else
-        block_of<Kind, M - 1>(rows, task, w, tile, row);
+        block_of<Kind, M - 1>(rows, task, w, tile, row, ahead);
 }
 
-// weights(tile, count): those of some neighbouring tiles
+// weights(tile, count): those of some neighbouring tiles; in_place: the next ones lie behind them
 template <typename Kind, typename Source>
-void linear(const Task<Kind>& task, int64_t rows, Source weights) {
+void linear(const Task<Kind>& task, int64_t rows, bool in_place, Source weights) {
     const int64_t tiles = (task.out + TILE - 1) / TILE, groups = (tiles + TILES - 1) / TILES;
     const int64_t panel = std::max<int64_t>(CACHED / task.in / ROWS, 1) * ROWS;  // rows that stay in cache
     const int64_t panels = (rows + panel - 1) / panel;
@@ -144,15 +134,19 @@ void linear(const Task<Kind>& task, int64_t rows, Source weights) {
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t tile = group * TILES, count = std::min<int64_t>(TILES, tiles - tile);
             const auto* w = weights(tile, count);
-            const int64_t end = std::min(rows, (p + 1) * panel);
-            for (int64_t row = p * panel; row < end;) {
+            const int64_t first = p * panel, end = std::min(rows, first + panel), bytes = TILES * TILE * task.in * sizeof(*w);
+            const int64_t others = (end - first - 1) / ROWS;  // blocks of rows after the first
+            for (int64_t row = first; row < end;) {
                 const int64_t left = end - row, blocks = (left + ROWS - 1) / ROWS;
+                Ahead ahead = {(const char*)w, 0};
+                if (in_place && row > first && group + 1 < groups)
+                    ahead = {(const char*)w + bytes + (others - blocks) * (bytes / others), bytes / others / (task.in / Kind::PAIR) / 2};
                 const int now = int((left + blocks - 1) / blocks);  // 8 rows as 4 and 4, not as 6 and 2
                 if (count == TILES)
-                    block_of<Kind>(now, task, w, tile, row);
+                    block_of<Kind>(now, task, w, tile, row, ahead);
                 else
                     for (int64_t t = 0; t < count; ++t)  // what is left over, one by one: code for all cases takes long to compile
-                        for (int64_t m = 0; m < now; ++m) block<Kind, 1, 1>(task, w + t * TILE * task.in, tile + t, row + m);
+                        for (int64_t m = 0; m < now; ++m) block<Kind, 1, 1>(task, w + t * TILE * task.in, tile + t, row + m, ahead);
                 row += now;
             }
         }
@@ -164,13 +158,14 @@ extern "C" {
 
 int linear_pair() { return Plain::PAIR; }
 
-// x [rows, in]; w packed in pairs of linear_pair(); bias [out] or null; y [rows, out]
-void linear_plain(const Scalar* x, const Scalar* w, const Scalar* bias, Scalar* y, int64_t rows, int64_t in, int64_t out) {
-    const Task<Plain> task = {x, nullptr, nullptr, bias, y, in, out};
-    linear(task, rows, [=](int64_t tile, int64_t) { return w + tile * TILE * in; });
+// x [rows, in]; w packed in pairs of linear_pair(); scales null; bias [out] or null; y [rows, out]
+void linear_plain(const Scalar* x, const Scalar* w, const float* scales, const Scalar* bias, Scalar* y, int64_t rows, int64_t in,
+                  int64_t out) {
+    const Task<Plain> task = {x, nullptr, scales, bias, y, in, out};
+    linear(task, rows, true, [=](int64_t tile, int64_t) { return w + tile * TILE * in; });
 }
 
-// w int8, packed in pairs of 2; scales [out]
+// the same with w int8, packed in pairs of 2; scales [out]
 void linear_int8(const Scalar* x, const int8_t* w, const float* scales, const Scalar* bias, Scalar* y, int64_t rows, int64_t in,
                  int64_t out) {
 #ifdef __AVX512VNNI__
@@ -191,11 +186,11 @@ void linear_int8(const Scalar* x, const int8_t* w, const float* scales, const Sc
             for (int64_t k = begin; k < end; ++k) integers[k] = int16_t(std::nearbyint(load(x[k]) * scale));
         }
         const Task<Integers> task = {integers.data(), x_scales.data(), scales, bias, y, in, out};
-        return linear(task, rows, [=](int64_t tile, int64_t) { return w + tile * TILE * in; });
+        return linear(task, rows, true, [=](int64_t tile, int64_t) { return w + tile * TILE * in; });
     }
 #endif
     const Task<Plain> task = {x, nullptr, scales, bias, y, in, out};
-    linear(task, rows, [=](int64_t tile, int64_t count) -> const Scalar* {
+    linear(task, rows, false, [=](int64_t tile, int64_t count) -> const Scalar* {
         static thread_local std::vector<Scalar> wide;
         wide.resize(TILES * TILE * in);
         const int8_t* from = w + tile * TILE * in;

@@ -38,6 +38,12 @@ inline Scalar narrow(float x) { return Scalar(x); }
 // the value as it is after a pass through memory: torch rounds between two operations, and so do the fused ones
 inline float rounded(float x) { return load(narrow(x)); }
 
+// What a step attends to: see AttentionMetadata in attention/base.py. Token t goes to row rows[t] of page pages[t].
+struct Batch {
+    int64_t tokens, requests;
+    const int32_t *pages, *rows, *qo_indptr, *kv_indptr, *kv_indices, *kv_lens;
+};
+
 constexpr int LANES = 16;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
@@ -53,6 +59,55 @@ inline Vector load_vector(const Scalar* from) {
     Narrow x;
     std::memcpy(&x, from, sizeof(x));
     return __builtin_convertvector(x, Vector);
+#endif
+}
+
+// Numbers for 16 lanes, PAIR neighbouring ones each, which are multiplied with PAIR others and added up.
+#if defined(SCALAR_BF16) && defined(__AVX512BF16__)
+constexpr int PAIR = 2;
+using Pairs = __m512bh;
+inline Pairs read_pairs(const Scalar* from) { return (__m512bh)_mm512_loadu_si512(from); }
+inline void add_products(Vector& sum, Pairs a, const Scalar* b) {
+    int32_t pair;
+    std::memcpy(&pair, b, sizeof(pair));
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, a, (__m512bh)_mm512_set1_epi32(pair));
+}
+#else
+#ifdef SCALAR_BF16
+constexpr int PAIR = 2;
+#else
+constexpr int PAIR = 1;
+#endif
+struct Pairs {
+    Vector of[PAIR];
+};
+inline Pairs read_pairs(const Scalar* from) {
+#ifdef SCALAR_BF16
+    typedef uint32_t Both __attribute__((vector_size(4 * LANES)));
+    Both both;
+    std::memcpy(&both, from, sizeof(both));
+    return {(Vector)(both << 16), (Vector)(both & 0xffff0000u)};
+#else
+    return {load_vector(from)};
+#endif
+}
+inline void add_products(Vector& sum, const Pairs& a, const Scalar* b) {
+    for (int i = 0; i < PAIR; ++i) sum += a.of[i] * load(b[i]);
+}
+#endif
+
+inline Vector load_floats(const float* from) {
+    Vector x;
+    std::memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+inline void store_vector(Vector x, Scalar* to) {
+#if defined(SCALAR_BF16) && defined(__AVX512BF16__)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &narrow, sizeof(narrow));
+#else
+    for (int i = 0; i < LANES; ++i) to[i] = narrow(x[i]);
 #endif
 }
 

@@ -43,7 +43,7 @@ class FusedLinear(nn.Module):
         self.sizes = [layer.out_features for layer in layers]
         self.out_features = sum(self.sizes)
         self._last = len(layers) - 1
-        packed = pack(weight, bias) if pack else None
+        self.packed = packed = pack(weight, bias) if pack else None
         self.weights = packed.tensors if packed else (weight,)  # for those who count them
         self._matmul: Callable[[torch.Tensor], torch.Tensor] = packed or (lambda x: linear(x, weight, bias))
         # the last input and its parts; in a list, since setting an attribute of a module takes microseconds

@@ -21,6 +21,7 @@ from simple_flashinfer.attention import AttentionBackend, AttentionLayer, Unsupp
 from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.model.attention_hook import AttentionHook
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
+from simple_flashinfer.model.fused_decoder import fuse_decoder_layers
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
@@ -98,8 +99,11 @@ class ModelRunner:
         peak = torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else 0
         return self._hook.layers(self._text_config), peak
 
-    def use_backend(self, backend: AttentionBackend) -> None:
+    def use_backend(self, backend: AttentionBackend, fuse: bool = False) -> None:
+        """fuse: whole decoder layers, where the backend computes them in one call."""
         self._hook.backend = backend
+        if fuse:
+            fuse_decoder_layers(self._model, backend, self._model.dtype)
 
     def use_cuda_graphs(self, max_num_seqs: int) -> None:
         """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""

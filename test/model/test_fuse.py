@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.config import ConfigError
@@ -119,6 +120,58 @@ def test_int8_takes_what_it_says(checkpoint):
     for settings in ({"fuse": False}, {"torch_compile": True}):
         with pytest.raises(ConfigError, match="--quantization int8 needs"):
             LLM(model.path, quantization="int8", **settings)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_layers_of_the_common_kind_are_one_call(checkpoint, name, dtype):
+    model = checkpoint(name)
+    layers = {}
+    for settings in ({}, {"fuse": False}, {"attention_backend": "sdpa"}):
+        llm = LLM(model.path, torch_dtype=dtype, **settings)
+        layers[tuple(settings)] = llm.core.executor.model.model.layers
+    whole = ["forward" in vars(layer) for layer in layers[()]]
+    assert whole == [name not in ("gemma2", "mixtral")] * len(whole)
+    assert not any("forward" in vars(layer) for key in layers if key for layer in layers[key])
+    if all(whole):
+        batch = LLM(model.path, torch_dtype=dtype).core.executor
+        layer = batch.model.model.layers[0]
+        hidden, dim = batch.model.config.hidden_size, batch.model.config.head_dim
+        x, rope = torch.zeros(1, 6, hidden, dtype=batch.model.dtype), [torch.zeros(1, 6, dim, dtype=batch.model.dtype)] * 2
+        assert layer(x, position_embeddings=rope).shape == x.shape, "the trial's plan is still there"
+        with pytest.raises(ValueError, match="the planned step has 6 tokens"):
+            layer(x[:, 1:], position_embeddings=rope)
+        with pytest.raises(TypeError, match="its weights were"):
+            layer(x.double(), position_embeddings=rope)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["residual", "no rope", "norm"])
+def test_layers_that_do_something_else_keep_their_forward(monkeypatch, checkpoint, change):
+    """Found out by trying: nothing in their names tells."""
+
+    class Half(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    forward = LlamaDecoderLayer.forward
+
+    def other(self, hidden_states, *args, position_embeddings=None, **options):
+        if self.self_attn.layer_idx == 1 and change == "residual":
+            return forward(self, hidden_states, *args, position_embeddings=position_embeddings, **options) + hidden_states
+        if self.self_attn.layer_idx == 1 and change == "no rope":
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        return forward(self, hidden_states, *args, position_embeddings=position_embeddings, **options)
+
+    if change == "norm":
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm", Half)
+    else:
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", other)
+    llm = LLM(checkpoint("llama").path, torch_dtype="float32")
+    whole = ["forward" in vars(layer) for layer in llm.core.executor.model.model.layers]
+    assert whole == ([False] * len(whole) if change == "norm" else [index != 1 for index in range(len(whole))])
 
 
 def make(bias=True, sizes=(5, 3, 3)):

@@ -286,9 +286,12 @@ def test_auto_settings(caplog):
     eight = Config(kv_cache_dtype="fp8")
     assert _attention(eight, cuda, bf16, layers) == ("flashinfer", bf16, float8)
     assert _attention(eight, CPU, bf16, layers) == ("sdpa", bf16, float8)
-    assert "the kernels for the CPU can't read --kv_cache_dtype fp8" in caplog.text
-    with pytest.raises(ConfigError, match="fp8 is not for --attention_backend cpu"):
-        _attention(Config(kv_cache_dtype="fp8", attention_backend="cpu"), CPU, bf16, layers)
+    assert "its kernels can't read --kv_cache_dtype fp8" in caplog.text
+    assert _attention(Config(page_size=24), CPU, bf16, layers) == ("sdpa", bf16, bf16)
+    assert "need a --page_size that is a multiple of 16" in caplog.text
+    for settings, words in (({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"), ({"page_size": 8}, "a multiple of 16")):
+        with pytest.raises(ConfigError, match=f"--attention_backend cpu is not possible: .*{words}"):
+            _attention(Config(attention_backend="cpu", **settings), CPU, bf16, layers)
     for name, device in (("flashinfer", CPU), ("cpu", cuda)):
         with pytest.raises(ConfigError, match=f"{name} does not run on {device.type}"):
             _attention(Config(attention_backend=name), device, torch.bfloat16, layers)

@@ -18,7 +18,7 @@ from test.model.test_launch import CPU, tokens
 def flashinfer_llm(monkeypatch, path, backend_options=None, **settings):
     """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
     fake_flashinfer.install(monkeypatch)
-    llm = LLM(path, **settings)
+    llm = LLM(path, attention_backend="sdpa", **settings)  # another one may take whole decoder layers over
     runner = llm.core.executor
     layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
     options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}

@@ -1,0 +1,118 @@
+"""A whole decoder layer as one call: decoder_layer.cpp over the kernels of kernels/cpu.py."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from simple_flashinfer.kernels.cpu import EVERYTHING, Attention, Batch, CpuKernels, Linear
+
+_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Norm(Protocol):
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderParts:
+    """norm -> q, k and v -> norms of q and k, of a head or of all -> attention -> o; norm -> gate and up -> down."""
+
+    input_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Linear
+    post_norm: Norm
+    gate_up: Linear
+    down: Linear
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("multiply", _pointer), ("weight", _pointer), ("scales", _pointer), ("bias", _pointer), ("inputs", _int),
+        ("outputs", _int),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, linear: Linear) -> "_Linear":
+        return cls(_address(linear.multiply), *linear.pointers, linear.in_features, linear.out_features)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _pointer), ("dim", _int), ("eps", _float))
+
+    @classmethod
+    def of(cls, norm: Norm | None) -> "_Norm":
+        return cls(norm.weight.data_ptr(), norm.weight.numel(), norm.eps) if norm else cls()
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("rms_norm", "silu_and_mul", "rope", "append", "attention")),
+        *((name, _Norm) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _pointer) for name in ("k_cache", "v_cache")),
+        *((name, _int) for name in ("heads", "kv_heads", "head_dim", "window")),
+        ("scaling", _float),
+        ("softcap", _float),
+    )
+
+
+class DecoderLayer:
+    """k_cache, v_cache [num_pages, kv_heads, page_size, head_dim]"""
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        kernels: CpuKernels,
+        attention: Attention,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        *,
+        num_qo_heads: int,
+        window: int | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        _, kv_heads, _, head_dim = k_cache.shape
+        functions = (
+            kernels.rms_norm_function, kernels.silu_and_mul_function, kernels.rope_function, attention.append_function,
+            attention.attention_function,
+        )  # fmt: skip
+        self._layer = _Layer(
+            *map(_address, functions),
+            *map(_Norm.of, (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm)),
+            *map(_Linear.of, (parts.qkv, parts.o, parts.gate_up, parts.down)),
+            k_cache.data_ptr(), v_cache.data_ptr(), num_qo_heads, kv_heads, head_dim, window or EVERYTHING,
+            scaling, softcap or 0.0,
+        )  # fmt: skip
+        self._held = parts, k_cache, v_cache  # pointers keep nothing alive
+        self._dtype, self._hidden, self._head_dim = parts.qkv.dtype, parts.qkv.in_features, head_dim
+        self._run = kernels.decoder_layer_function
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """x [1, T, hidden], cos and sin [1, T, head_dim] -> [1, T, hidden]. Raises TypeError or ValueError."""
+        if not x.dtype == cos.dtype == sin.dtype == self._dtype:
+            raise TypeError(f"the input of this layer is {x.dtype}, its weights were {self._dtype}")
+        if x.shape != (1, batch.tokens, self._hidden) or not cos.shape == sin.shape == (1, batch.tokens, self._head_dim):
+            raise ValueError(
+                f"the planned step has {batch.tokens} tokens, this layer got {tuple(x.shape)} to turn by {tuple(cos.shape)}"
+            )
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        self._run(
+            ctypes.addressof(self._layer),
+            ctypes.addressof(batch),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, _pointer).value

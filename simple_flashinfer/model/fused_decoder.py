@@ -1,0 +1,84 @@
+"""Whole decoder layers, each as one call, where the attention backend has one: the CPU's (kernels/decoder_layer.cpp).
+
+As with the small layers, what a layer's parts are called proposes it, and trying settles it: the call takes the place of the
+layer's forward only if both give the same for a small batch, through the attention and the pages that will serve. A layer
+that does anything else (a factor on the residual, a norm after attention, a rope that some layers lack) keeps its forward.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from simple_flashinfer.attention import AttentionBackend, AttentionMetadata
+from simple_flashinfer.kernels.cpu import Linear
+from simple_flashinfer.kernels.decoder_layer import DecoderParts
+from simple_flashinfer.model.fuse import FusedLinear, FusedPart
+from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable, is_close, random_tensor
+
+# a request that decodes its third token, and one that begins with five; a page each
+_TRIAL = AttentionMetadata(
+    num_decodes=1,
+    num_shared_pages=0,
+    qo_indptr=np.array([0, 1, 6], np.int32),
+    kv_indptr=np.array([0, 1, 2], np.int32),
+    kv_indices=np.array([0, 1], np.int32),
+    kv_last_page_len=np.array([3, 5], np.int32),
+    kv_lens=np.array([3, 5], np.int32),
+    batch_indices=np.array([0, 1, 1, 1, 1, 1], np.int32),
+    positions=np.array([2, 0, 1, 2, 3, 4], np.int32),
+)
+
+
+@torch.inference_mode()
+def fuse_decoder_layers(model: nn.Module, backend: AttentionBackend, dtype: torch.dtype) -> None:
+    """Replaces forwards inside the model, in place. `fuse_layers` comes first, and the model attends through `backend`."""
+    table = next((module for module in model.modules() if isinstance(module, RotaryTable)), None)
+    if table is None or backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
+        return
+    for layer in model.modules():
+        parts = _parts(layer)
+        run = backend.decoder_layer(layer.self_attn.layer_idx, parts) if parts else None  # type: ignore[union-attr, arg-type]
+        if run is None:
+            continue
+        x = random_tensor(dtype, backend.device, 1, len(_TRIAL.positions), parts.qkv.in_features)  # type: ignore[union-attr]
+        rope = table(x, torch.from_numpy(_TRIAL.positions)[None])
+        backend.plan(_TRIAL)
+        try:
+            expected = layer(x, attention_mask=None, position_embeddings=rope, past_key_values=None, use_cache=False)
+            got = run(x, *rope)
+        except (TypeError, ValueError, RuntimeError):  # it wants other arguments, or turns a part of each head only
+            continue
+        if isinstance(expected, torch.Tensor) and is_close(expected, got):
+            layer.forward = _forward(run, layer.forward)
+
+
+def _forward(run: Any, original: Any) -> Any:
+    def forward(hidden_states: torch.Tensor, *args: Any, position_embeddings: Any = None, **options: Any) -> Any:
+        if position_embeddings is None:
+            return original(hidden_states, *args, **options)
+        return run(hidden_states, *position_embeddings)
+
+    return forward
+
+
+def _parts(layer: Any) -> DecoderParts | None:
+    children, inner = dict(layer.named_children()), dict(getattr(layer, "self_attn", nn.Module()).named_children())
+    if children.keys() != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+        return None
+    if inner.keys() - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return None
+    norms = [children["input_layernorm"], children["post_attention_layernorm"], inner.get("q_norm"), inner.get("k_norm")]
+    if not all(isinstance(norm, FusedRMSNorm) for norm in norms if norm) or not isinstance(children["mlp"], FusedMLP):
+        return None
+    mlp = dict(children["mlp"].named_children())
+    modules = [inner["q_proj"], inner["o_proj"], mlp["gate_up_proj"], mlp["down_proj"]]
+    linears = [module.packed for module in modules if isinstance(module, FusedLinear)]
+    joined = all(isinstance(inner[name], FusedPart) for name in ("k_proj", "v_proj"))
+    if not joined or len(linears) < len(modules) or not all(isinstance(linear, Linear) for linear in linears):
+        return None
+    if any(norm.weight.dtype != linears[0].dtype for norm in norms if norm):  # type: ignore[union-attr]
+        return None
+    qkv, o, gate_up, down = linears
+    return DecoderParts(norms[0], qkv, norms[2], norms[3], o, norms[1], gate_up, down)  # type: ignore[arg-type]
