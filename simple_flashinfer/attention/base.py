@@ -6,17 +6,17 @@ query tokens included: a query token at position p attends to positions 0 .. p.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from simple_flashinfer.kernels.decoder_layer import DecoderParts
+from simple_flashinfer.kernels.decoder_layers import DecoderParts
 from simple_flashinfer.types import Int32Array, SchedulerOutput
 
 # hidden states [1, T, hidden], cos and sin [1, T, head_dim] -> hidden states
-RunLayer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+RunLayers = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class UnsupportedLayerError(ValueError):
@@ -193,8 +193,8 @@ class AttentionBackend(ABC):
         `dtype`; sinks [num_qo_heads]. Returns [T, num_qo_heads, head_dim_vo].
         """
 
-    def decoder_layer(self, layer_idx: int, parts: DecoderParts) -> RunLayer | None:
-        """The whole decoder layer around this attention as one call, if there is one."""
+    def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
+        """Whole decoder layers that follow each other, by layer_idx, as one call, if the backend has one."""
         return None
 
     @abstractmethod

@@ -4,13 +4,15 @@ One step of 16 sequences at 384 tokens (9 query and 3 K/V heads of 64, bfloat16,
 is what the memory gives, against 776 us with a gather and torch's matmuls (attention/sdpa.py).
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from simple_flashinfer.attention.base import AttentionLayer, AttentionMetadata, RunLayer
+from simple_flashinfer.attention.base import AttentionLayer, AttentionMetadata, RunLayers
 from simple_flashinfer.attention.sdpa import SdpaBackend
 from simple_flashinfer.kernels.compiler import CompileError
 from simple_flashinfer.kernels.cpu import PAGE_MULTIPLE, Attention, Batch, attention, cpu_kernels, supports
-from simple_flashinfer.kernels.decoder_layer import DecoderLayer, DecoderParts
+from simple_flashinfer.kernels.decoder_layers import DecoderLayer, DecoderLayers, DecoderParts
 
 
 def _kernel(layer: AttentionLayer, dtype: torch.dtype, page_size: int = 16) -> Attention:
@@ -63,12 +65,15 @@ class CpuBackend(SdpaBackend):
         k, v = self._kernels[layer_idx].unpacked(*(cache[pages] for cache in self._caches[layer_idx]))
         return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
 
-    def decoder_layer(self, layer_idx: int, parts: DecoderParts) -> RunLayer | None:
-        layer = self.layers[layer_idx]
-        if layer.has_sinks or parts.qkv.dtype != self.dtype:
+    def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
+        if any(self.layers[index].has_sinks or own.qkv.dtype != self.dtype for index, own in parts.items()):
             return None
-        run = DecoderLayer(
-            parts, cpu_kernels(self.dtype), self._kernels[layer_idx], *self._caches[layer_idx],
-            num_qo_heads=layer.num_qo_heads, window=layer.sliding_window, scaling=layer.scaling, softcap=layer.softcap,
-        )  # fmt: skip
+        described = [
+            DecoderLayer(
+                own, self._kernels[index], *self._caches[index], num_qo_heads=layer.num_qo_heads,
+                window=layer.sliding_window, scaling=layer.scaling, softcap=layer.softcap,
+            )
+            for index, own in parts.items() if (layer := self.layers[index])
+        ]  # fmt: skip
+        run = DecoderLayers(described, cpu_kernels(self.dtype))
         return lambda x, cos, sin: run(x, cos, sin, self._batch)

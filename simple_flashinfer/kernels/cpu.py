@@ -71,9 +71,9 @@ class CpuKernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         with ThreadPoolExecutor() as pool:  # of compilers
-            sources = ("elementwise.cpp", "linear.cpp", "decoder_layer.cpp")
+            sources = ("elementwise.cpp", "linear.cpp", "decoder_layers.cpp")
             paths = pool.map(lambda source: str(library_path(source, {_DTYPES[dtype]: 1})), sources)
-        elementwise, linear, decoder_layer = paths
+        elementwise, linear, decoder_layers = paths
         library = ctypes.PyDLL(elementwise)
         self.rms_norm_function = library.rms_norm
         self.rms_norm_function.argtypes = [_pointer, _int, *[_pointer] * 2, *[_int] * 3, _float]
@@ -84,8 +84,8 @@ class CpuKernels:
         self._linear = ctypes.CDLL(linear)
         for multiply in (self._linear.linear_plain, self._linear.linear_int8):
             multiply.argtypes = [*[_pointer] * 5, *[_int] * 3]
-        self.decoder_layer_function = ctypes.CDLL(decoder_layer).decoder_layer
-        self.decoder_layer_function.argtypes = [_pointer] * 6
+        self.decoder_layers_function = ctypes.CDLL(decoder_layers).decoder_layers
+        self.decoder_layers_function.argtypes = [_pointer, _int, *[_pointer] * 5]
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, int8: bool = False) -> Linear | None:
         """weight [out, in], bias [out]. None for what the kernels don't do: another dtype, an odd number of inputs."""

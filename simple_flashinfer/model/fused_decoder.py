@@ -1,10 +1,12 @@
-"""Whole decoder layers, each as one call, where the attention backend has one: the CPU's (kernels/decoder_layer.cpp).
+"""Whole decoder layers as one call, where the attention backend has one: the CPU's (kernels/decoder_layers.cpp).
 
 As with the small layers, what a layer's parts are called proposes it, and trying settles it: the call takes the place of the
 layer's forward only if both give the same for a small batch, through the attention and the pages that will serve. A layer
 that does anything else (a factor on the residual, a norm after attention, a rope that some layers lack) keeps its forward.
+If all layers are of that kind they become a single call, and the same trial is made of the model as a whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ import torch
 from torch import nn
 
 from simple_flashinfer.attention import AttentionBackend, AttentionMetadata
+from simple_flashinfer.attention.base import RunLayers
 from simple_flashinfer.kernels.cpu import Linear
-from simple_flashinfer.kernels.decoder_layer import DecoderParts
+from simple_flashinfer.kernels.decoder_layers import DecoderParts
 from simple_flashinfer.model.fuse import FusedLinear, FusedPart
 from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable, is_close, random_tensor
 
@@ -31,19 +34,28 @@ _TRIAL = AttentionMetadata(
 )
 
 
+# token ids and positions, int64 [T] each, and rows, int64 [S] -> logits [S, vocab_size] of these rows
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @torch.inference_mode()
-def fuse_decoder_layers(model: nn.Module, backend: AttentionBackend, dtype: torch.dtype) -> None:
-    """Replaces forwards inside the model, in place. `fuse_layers` comes first, and the model attends through `backend`."""
+def fuse_decoder(model: Any, backend: AttentionBackend, dtype: torch.dtype) -> Forward | None:
+    """Replaces forwards inside the model, in place. `fuse_layers` comes first, and the model attends through `backend`.
+
+    Returns a forward for all of the model, where embedding, layers, norm and output matrix are all there is to it.
+    """
     table = next((module for module in model.modules() if isinstance(module, RotaryTable)), None)
     if table is None or backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
-        return
+        return None
+    positions = torch.from_numpy(_TRIAL.positions).long()
+    whole = {}
     for layer in model.modules():
         parts = _parts(layer)
-        run = backend.decoder_layer(layer.self_attn.layer_idx, parts) if parts else None  # type: ignore[union-attr, arg-type]
-        if run is None:
+        run = backend.decoder_layers({layer.self_attn.layer_idx: parts}) if parts else None
+        if parts is None or run is None:
             continue
-        x = random_tensor(dtype, backend.device, 1, len(_TRIAL.positions), parts.qkv.in_features)  # type: ignore[union-attr]
-        rope = table(x, torch.from_numpy(_TRIAL.positions)[None])
+        x = random_tensor(dtype, backend.device, 1, len(positions), parts.qkv.in_features)
+        rope = table(x, positions[None])
         backend.plan(_TRIAL)
         try:
             expected = layer(x, attention_mask=None, position_embeddings=rope, past_key_values=None, use_cache=False)
@@ -51,16 +63,36 @@ def fuse_decoder_layers(model: nn.Module, backend: AttentionBackend, dtype: torc
         except (TypeError, ValueError, RuntimeError):  # it wants other arguments, or turns a part of each head only
             continue
         if isinstance(expected, torch.Tensor) and is_close(expected, got):
-            layer.forward = _forward(run, layer.forward)
+            layer.forward = _layer_forward(run, layer.forward)
+            whole[layer.self_attn.layer_idx] = parts
+    return _whole_forward(model, table, backend, whole) if whole.keys() == backend.layers.keys() else None
 
 
-def _forward(run: Any, original: Any) -> Any:
+def _layer_forward(run: RunLayers, original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: torch.Tensor, *args: Any, position_embeddings: Any = None, **options: Any) -> Any:
         if position_embeddings is None:
             return original(hidden_states, *args, **options)
         return run(hidden_states, *position_embeddings)
 
     return forward
+
+
+def _whole_forward(
+    model: Any, table: RotaryTable, backend: AttentionBackend, parts: dict[int, DecoderParts]
+) -> Forward | None:
+    embed, head, run = model.get_input_embeddings(), model.get_output_embeddings(), backend.decoder_layers(parts)
+    norm = dict(model.get_decoder().named_children()).get("norm")
+    if norm is None or head is None or run is None:
+        return None
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        hidden = run(embed(ids[None]), *table(ids, positions[None]))
+        return head(norm(hidden[0, rows]))  # type: ignore[no-any-return]
+
+    ids, positions = (torch.from_numpy(array).long() for array in (_TRIAL.positions + 1, _TRIAL.positions))
+    rows = torch.tensor([0, 3, 5])
+    expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
+    return forward if is_close(expected, forward(ids, positions, rows)) else None
 
 
 def _parts(layer: Any) -> DecoderParts | None:

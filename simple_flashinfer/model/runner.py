@@ -21,7 +21,7 @@ from simple_flashinfer.attention import AttentionBackend, AttentionLayer, Unsupp
 from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.model.attention_hook import AttentionHook
 from simple_flashinfer.model.cuda_graph import DecodeGraphs
-from simple_flashinfer.model.fused_decoder import fuse_decoder_layers
+from simple_flashinfer.model.fused_decoder import Forward, fuse_decoder
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
@@ -67,6 +67,7 @@ class ModelRunner:
         self._text_config = loaded.text_config
         self._max_model_len = loaded.max_model_len
         self._forward: Any = loaded.model
+        self._whole: Forward | None = None
         self._hook = AttentionHook(loaded.model)
         self._graphs: DecodeGraphs | None = None
         self._grammars = Grammars(loaded.grammar_vocabulary)
@@ -102,8 +103,7 @@ class ModelRunner:
     def use_backend(self, backend: AttentionBackend, fuse: bool = False) -> None:
         """fuse: whole decoder layers, where the backend computes them in one call."""
         self._hook.backend = backend
-        if fuse:
-            fuse_decoder_layers(self._model, backend, self._model.dtype)
+        self._whole = fuse_decoder(self._model, backend, self._model.dtype) if fuse else None
 
     def use_cuda_graphs(self, max_num_seqs: int) -> None:
         """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""
@@ -192,6 +192,8 @@ class ModelRunner:
         return self._model_logits(ids, indices(positions, self.device), indices(rows, self.device))
 
     def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if self._whole is not None:
+            return self._whole(ids, positions, rows)
         output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         return output.logits[0]  # type: ignore[no-any-return]
 

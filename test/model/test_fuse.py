@@ -1,6 +1,7 @@
 """Fusing changes how fast a model computes, not what."""
 
 import copy
+import functools
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaRMSNorm
 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.config import ConfigError
@@ -131,6 +132,7 @@ def test_whole_layers_of_the_common_kind_are_one_call(checkpoint, name, dtype):
     for settings in ({}, {"fuse": False}, {"attention_backend": "sdpa"}):
         llm = LLM(model.path, torch_dtype=dtype, **settings)
         layers[tuple(settings)] = llm.core.executor.model.model.layers
+        assert (llm.core.executor._whole is not None) == (not settings and name not in ("gemma2", "mixtral"))
     whole = ["forward" in vars(layer) for layer in layers[()]]
     assert whole == [name not in ("gemma2", "mixtral")] * len(whole)
     assert not any("forward" in vars(layer) for key in layers if key for layer in layers[key])
@@ -142,12 +144,12 @@ def test_whole_layers_of_the_common_kind_are_one_call(checkpoint, name, dtype):
         assert layer(x, position_embeddings=rope).shape == x.shape, "the trial's plan is still there"
         with pytest.raises(ValueError, match="the planned step has 6 tokens"):
             layer(x[:, 1:], position_embeddings=rope)
-        with pytest.raises(TypeError, match="its weights were"):
+        with pytest.raises(TypeError, match="their weights were"):
             layer(x.double(), position_embeddings=rope)
 
 
 @needs_compiler
-@pytest.mark.parametrize("change", ["residual", "no rope", "norm"])
+@pytest.mark.parametrize("change", ["residual", "no rope", "norm", "logits"])
 def test_layers_that_do_something_else_keep_their_forward(monkeypatch, checkpoint, change):
     """Found out by trying: nothing in their names tells."""
 
@@ -155,7 +157,12 @@ def test_layers_that_do_something_else_keep_their_forward(monkeypatch, checkpoin
         def forward(self, x):
             return super().forward(x) / 2
 
-    forward = LlamaDecoderLayer.forward
+    forward, forward_of_all = LlamaDecoderLayer.forward, LlamaForCausalLM.forward
+
+    def scaled(self, *args, **options):
+        output = forward_of_all(self, *args, **options)
+        output.logits *= 2
+        return output
 
     def other(self, hidden_states, *args, position_embeddings=None, **options):
         if self.self_attn.layer_idx == 1 and change == "residual":
@@ -169,9 +176,13 @@ def test_layers_that_do_something_else_keep_their_forward(monkeypatch, checkpoin
         monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm", Half)
     else:
         monkeypatch.setattr(LlamaDecoderLayer, "forward", other)
+        if change == "logits":
+            monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(forward_of_all)(scaled))
     llm = LLM(checkpoint("llama").path, torch_dtype="float32")
     whole = ["forward" in vars(layer) for layer in llm.core.executor.model.model.layers]
-    assert whole == ([False] * len(whole) if change == "norm" else [index != 1 for index in range(len(whole))])
+    expected = {"norm": lambda index: False, "logits": lambda index: True}.get(change, lambda index: index != 1)
+    assert whole == [expected(index) for index in range(len(whole))]
+    assert llm.core.executor._whole is None
 
 
 def make(bias=True, sizes=(5, 3, 3)):

@@ -1,6 +1,7 @@
-"""A whole decoder layer as one call: decoder_layer.cpp over the kernels of kernels/cpu.py."""
+"""Whole decoder layers as one call: decoder_layers.cpp over the kernels of kernels/cpu.py."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,56 +62,61 @@ class _Layer(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """k_cache, v_cache [num_pages, kv_heads, page_size, head_dim]"""
+    """k_cache, v_cache [num_pages, kv_heads, page_size, head_dim]; window and softcap None: none."""
 
-    def __init__(
-        self,
-        parts: DecoderParts,
-        kernels: CpuKernels,
-        attention: Attention,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        *,
-        num_qo_heads: int,
-        window: int | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
-        _, kv_heads, _, head_dim = k_cache.shape
+    parts: DecoderParts
+    attention: Attention
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    num_qo_heads: int
+    window: int | None
+    scaling: float
+    softcap: float | None
+
+    def described(self, kernels: CpuKernels) -> _Layer:
+        _, kv_heads, _, head_dim = self.k_cache.shape
+        parts, attention = self.parts, self.attention
         functions = (
             kernels.rms_norm_function, kernels.silu_and_mul_function, kernels.rope_function, attention.append_function,
             attention.attention_function,
         )  # fmt: skip
-        self._layer = _Layer(
+        return _Layer(
             *map(_address, functions),
             *map(_Norm.of, (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm)),
             *map(_Linear.of, (parts.qkv, parts.o, parts.gate_up, parts.down)),
-            k_cache.data_ptr(), v_cache.data_ptr(), num_qo_heads, kv_heads, head_dim, window or EVERYTHING,
-            scaling, softcap or 0.0,
+            self.k_cache.data_ptr(), self.v_cache.data_ptr(), self.num_qo_heads, kv_heads, head_dim,
+            self.window or EVERYTHING, self.scaling, self.softcap or 0.0,
         )  # fmt: skip
-        self._held = parts, k_cache, v_cache  # pointers keep nothing alive
-        self._dtype, self._hidden, self._head_dim = parts.qkv.dtype, parts.qkv.in_features, head_dim
-        self._run = kernels.decoder_layer_function
+
+
+class DecoderLayers:
+    """Layers that follow each other, of one hidden size and one head size."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], kernels: CpuKernels) -> None:
+        self._layers = (_Layer * len(layers))(*(layer.described(kernels) for layer in layers))
+        self._held = layers  # pointers keep nothing alive
+        (self._hidden,) = {layer.parts.qkv.in_features for layer in layers}
+        (self._head_dim,) = {layer.k_cache.shape[-1] for layer in layers}
+        self._dtype = kernels.dtype
+        self._run = kernels.decoder_layers_function
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> torch.Tensor:
         """x [1, T, hidden], cos and sin [1, T, head_dim] -> [1, T, hidden]. Raises TypeError or ValueError."""
         if not x.dtype == cos.dtype == sin.dtype == self._dtype:
-            raise TypeError(f"the input of this layer is {x.dtype}, its weights were {self._dtype}")
-        if x.shape != (1, batch.tokens, self._hidden) or not cos.shape == sin.shape == (1, batch.tokens, self._head_dim):
+            raise TypeError(f"the input of these layers is {x.dtype}, their weights were {self._dtype}")
+        tokens = batch.tokens
+        if x.shape != (1, tokens, self._hidden) or not cos.shape == sin.shape == (1, tokens, self._head_dim):
             raise ValueError(
-                f"the planned step has {batch.tokens} tokens, this layer got {tuple(x.shape)} to turn by {tuple(cos.shape)}"
+                f"the planned step has {tokens} tokens, these are {tuple(x.shape)}, turned by {tuple(cos.shape)}"
             )
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
         self._run(
-            ctypes.addressof(self._layer),
-            ctypes.addressof(batch),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            x.data_ptr(),
-            out.data_ptr(),
-        )
+            ctypes.addressof(self._layers), len(self._layers), ctypes.addressof(batch),
+            cos.data_ptr(), sin.data_ptr(), x.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
         return out
 
 

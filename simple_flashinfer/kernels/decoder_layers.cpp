@@ -1,4 +1,4 @@
-// A decoder layer of the common kind (Llama's) in one call: the other kernels, one after the other.
+// Decoder layers of the common kind (Llama's) in one call: the other kernels, one after the other.
 //
 //   y = x + O attention(rope(Q n), rope(K n), V n)  where n = norm(x)
 //   out = y + down(silu(gate m) * up m)             where m = norm(y)
@@ -53,13 +53,8 @@ void add(const Scalar* a, const Scalar* b, Scalar* out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = narrow(load(a[i]) + load(b[i]));
 }
 
-}  // namespace
-
-extern "C" {
-
-// x, out [batch->tokens, hidden]; cos, sin [batch->tokens, head_dim]
-void decoder_layer(const Layer* layer, const Batch* batch, const Scalar* cos, const Scalar* sin, const Scalar* x, Scalar* out) {
-    const Layer& l = *layer;
+// out may be x
+void run(const Layer& l, const Batch* batch, const Scalar* cos, const Scalar* sin, const Scalar* x, Scalar* out) {
     const Kernels& kernels = l.kernels;
     const int64_t tokens = batch->tokens, hidden = l.qkv.in, dim = l.head_dim;
     const int64_t q_size = l.heads * dim, kv_size = l.kv_heads * dim;
@@ -94,5 +89,14 @@ void decoder_layer(const Layer* layer, const Batch* batch, const Scalar* cos, co
     kernels.silu_and_mul(wide, inner, tokens, l.down.in);
     l.down(inner, same, tokens);
     add(out, same, out, tokens * hidden);
+}
+}  // namespace
+
+extern "C" {
+
+// x, out [batch->tokens, hidden]; cos, sin [batch->tokens, head_dim]
+void decoder_layers(const Layer* layers, int64_t count, const Batch* batch, const Scalar* cos, const Scalar* sin, const Scalar* x,
+                    Scalar* out) {
+    for (int64_t i = 0; i < count; ++i) run(layers[i], batch, cos, sin, i ? out : x, out);
 }
 }
