@@ -114,14 +114,14 @@ def _build_engine(
             torch.set_num_threads(num_threads(loaded.weight_bytes))
             _keep_memory()
         model_dtype = next(loaded.model.parameters()).dtype
-        kernels = _cuda_kernels(config, device)
+        cpu, cuda = _cpu_kernels(config, device, model_dtype), _cuda_kernels(config, device)
         if config.fuse and not config.torch_compile:
             with _memory_for("the weights once more", "try --fuse false, which joins no matrices, or a smaller --model"):
-                _fuse(config, loaded, device, model_dtype, kernels)
+                _fuse(config, loaded, model_dtype, cpu, cuda)
             phases.end("fuse")
         runner = ModelRunner(
             loaded, device, config.max_sequence, overlap, worker, config.torch_profiling,
-            filter_probs=kernels.filter_probs if kernels else None,
+            filter_probs=cuda.filter_probs if cuda else None, likeliest=cpu.likeliest if cpu else None,
         )  # fmt: skip
         with _memory_for("a step of the largest size", "lower --max_num_batched_tokens or --max_sequence"):
             layers, step_bytes = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)
@@ -186,14 +186,13 @@ def warm_up(core: EngineCore) -> None:
 
 
 def _fuse(
-    config: Config, loaded: "LoadedModel", device: "torch.device", dtype: "torch.dtype", cuda: "CudaKernels | None"
+    config: Config, loaded: "LoadedModel", dtype: "torch.dtype", cpu: "CpuKernels | None", cuda: "CudaKernels | None"
 ) -> None:
     from simple_flashinfer.model.fuse import fuse
     from simple_flashinfer.model.fused_layers import fuse_layers
 
-    packing = _cpu_kernels(config, device, dtype)
-    fuse(loaded.model, partial(packing.pack, int8=config.quantization == "int8") if packing else None)
-    if kernels := packing or (cuda if cuda and cuda.supports(dtype) else None):
+    fuse(loaded.model, partial(cpu.pack, int8=config.quantization == "int8") if cpu else None)
+    if kernels := cpu or (cuda if cuda and cuda.supports(dtype) else None):
         longest = max(config.max_model_len or loaded.max_model_len, config.max_num_batched_tokens)
         fuse_layers(loaded.model, dtype, kernels, min(longest, loaded.max_model_len))
 
@@ -202,7 +201,7 @@ def _cpu_kernels(config: Config, device: "torch.device", dtype: "torch.dtype") -
     from simple_flashinfer.kernels import cpu
     from simple_flashinfer.kernels.compiler import CompileError
 
-    if device.type != "cpu" or not cpu.supports(dtype):
+    if not config.fuse or config.torch_compile or device.type != "cpu" or not cpu.supports(dtype):
         return None
     try:
         return cpu.cpu_kernels(dtype)

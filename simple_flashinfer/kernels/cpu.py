@@ -81,6 +81,8 @@ class CpuKernels:
         self.silu_and_mul_function.argtypes = [*[_pointer] * 2, _int, _int]
         self.rope_function = library.rope
         self.rope_function.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
+        self._likeliest = library.likeliest
+        self._likeliest.argtypes = [*[_pointer] * 2, *[_int] * 2]
         self._linear = ctypes.CDLL(linear)
         for multiply in (self._linear.linear_plain, self._linear.linear_int8):
             multiply.argtypes = [*[_pointer] * 5, *[_int] * 3]
@@ -107,6 +109,13 @@ class CpuKernels:
         out = x.new_empty(*x.shape[:-1], dim)
         self.silu_and_mul_function(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
         return out
+
+    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [S, V] -> int64 [S]: see `sampling.likeliest`."""
+        logits = logits.contiguous()
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        self._likeliest(logits.data_ptr(), tokens.data_ptr(), *logits.shape)
+        return tokens
 
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -87,7 +87,7 @@ def _whole_forward(
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         hidden = run(embed(ids[None]), *table(ids, positions[None]))
-        return head(norm(hidden[0, rows]))  # type: ignore[no-any-return]
+        return head(norm(hidden[0].index_select(0, rows)))  # type: ignore[no-any-return]
 
     ids, positions = (torch.from_numpy(array).long() for array in (_TRIAL.positions + 1, _TRIAL.positions))
     rows = torch.tensor([0, 3, 5])

@@ -20,6 +20,9 @@ FloatArray = npt.NDArray[np.float32]
 # probabilities float32 [D, V], top_k int32 [D], top_p float32 [D], off is V and 1 -> those that are left, others 0; [D, V]
 FilterProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+# logits [S, V] -> int64 [S], as `likeliest` below
+Likeliest = Callable[[torch.Tensor], torch.Tensor]
+
 INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
 _BLOCK = 256
 _TOP = 1024  # a top-p threshold is first looked for among so many logits; sorting 49,152 of them takes 8 times as long
@@ -45,19 +48,18 @@ class SamplingBatch:
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """logits [S, V], any float dtype -> int64 [S]; INVALID_TOKEN where the logits are not finite."""
+    """logits [S, V], any float dtype -> int64 [S]; INVALID_TOKEN where the largest is not finite, or one is NaN."""
     best, tokens = logits.max(dim=-1)
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch, filter_probs: FilterProbs | None = None) -> torch.Tensor:
-    """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the logits are not finite.
+    """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the largest is not finite.
 
+    Of a batch that `is_greedy`, `likeliest` gives the same sooner.
     filter_probs: the device's kernel for top-k and top-p. Without it torch looks for their thresholds, and may have to wait
     for the device to know how far to look.
     """
-    if batch.is_greedy:
-        return likeliest(logits)
     logits = logits.float()
     if batch.processed:
         logits = apply_processors(logits, batch.processed)

@@ -13,8 +13,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from simple_flashinfer.kernels.compiler import compiler
+from simple_flashinfer.kernels.cpu import cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels
-from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, sample
+from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, likeliest, sample
 from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow, apply_processors
 from simple_flashinfer.sampling.sampler import INVALID_TOKEN, uniforms
 from test.attention import fake_flashinfer
@@ -200,6 +202,22 @@ def test_the_device_s_kernels_for_top_k_and_top_p_leave_the_same_tokens(monkeypa
     assert (plain == by_kernel).float().mean() > 0.9, "sums are rounded in another order"
     narrow = batch(40, temperature=1.0, top_k=[1, 2] * 20, seeds=range(40), positions=range(40))
     assert (sample(logits, narrow) == sample(logits, narrow, CudaKernels().filter_probs)).all()
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_token_by_a_kernel(dtype):
+    torch.manual_seed(0)
+    for rows, vocab in ((0, 7), (1, 1), (3, 17), (64, 8192)):
+        logits = torch.randn(rows, vocab).to(dtype)
+        assert cpu_kernels(dtype).likeliest(logits).tolist() == likeliest(logits).tolist()
+    rows = torch.zeros(6, 100, dtype=dtype)
+    rows[0, 7], rows[1, 99], rows[2], rows[4, 50], rows[5, [60, 40]] = torch.nan, torch.inf, -torch.inf, -torch.inf, 3
+    expected = [INVALID_TOKEN, INVALID_TOKEN, INVALID_TOKEN, 0, 0, 40]
+    assert cpu_kernels(dtype).likeliest(rows).tolist() == expected
+    assert likeliest(rows).tolist()[:3] == expected[:3]
+    part = torch.randn(4, 300).to(dtype)[:, 100:200]
+    assert cpu_kernels(dtype).likeliest(part).tolist() == part.argmax(-1).tolist()
 
 
 def test_logprobs_are_the_log_softmax():
