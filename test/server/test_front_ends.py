@@ -121,23 +121,14 @@ def test_one_that_dies_takes_only_its_own_requests_along(random_model):
             assert daemon.post("/v1/completions", body(1)).status_code == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_they_leave_no_responses_behind(random_model, tmp_path, number):
-    with Daemon("--model", random_model, *FLAGS, env={"TMPDIR": str(tmp_path)}) as daemon:
-        wait_for_listeners(daemon)
-        assert daemon.post("/v1/responses", {"input": "Hello", "max_output_tokens": 5}).status_code == 200
-        assert list(tmp_path.glob("simple-flashinfer-*/responses.db"))
-        os.kill(daemon.process.pid, number)
-        daemon.process.wait(30)
-    assert not list(tmp_path.glob("simple-flashinfer-*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_all_of_them_end_together(random_model, number):
-    daemon = Daemon("--model", random_model, *FLAGS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_all_of_them_end_together(random_model, tmp_path, number):
+    daemon = Daemon("--model", random_model, *FLAGS, env={"TMPDIR": str(tmp_path)})
     with daemon:
         wait_for_listeners(daemon)
         everyone = processes(daemon)
+        assert daemon.post("/v1/responses", {"input": "Hello", "max_output_tokens": 5}).status_code == 200
+        assert list(tmp_path.glob("simple-flashinfer-*/responses.db"))
         request = body(1, stream=True, max_tokens=1900)
         with (
             contextlib.suppress(httpx.TransportError),
@@ -151,6 +142,8 @@ def test_all_of_them_end_together(random_model, number):
         _, alive = psutil.wait_procs(everyone, timeout=20)
     assert not alive
     assert not any("Traceback" in line for line in daemon.log), "\n".join(daemon.log)
+    if number != signal.SIGKILL:
+        assert not list(tmp_path.glob("simple-flashinfer-*")), "responses are forgotten"
 
 
 def test_a_port_that_is_taken_is_seen(shared, random_model):
