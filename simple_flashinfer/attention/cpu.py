@@ -68,6 +68,8 @@ class CpuBackend(SdpaBackend):
     def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
         if any(self.layers[index].has_sinks or own.qkv.dtype != self.dtype for index, own in parts.items()):
             return None
+        if len({(self.layers[index].head_dim_qk, own.qkv.in_features) for index, own in parts.items()}) > 1:
+            return None
         described = [
             DecoderLayer(
                 own, self._kernels[index], *self._caches[index], num_qo_heads=layer.num_qo_heads,

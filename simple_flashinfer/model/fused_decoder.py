@@ -1,9 +1,10 @@
 """Whole decoder layers as one call, where the attention backend has one: the CPU's (kernels/decoder_layers.cpp).
 
 As with the small layers, what a layer's parts are called proposes it, and trying settles it: the call takes the place of the
-layer's forward only if both give the same for a small batch, through the attention and the pages that will serve. A layer
-that does anything else (a factor on the residual, a norm after attention, a rope that some layers lack) keeps its forward.
-If all layers are of that kind they become a single call, and the same trial is made of the model as a whole.
+layer's forward only if both give the very same for a small batch, through the attention and the pages that will serve (the
+kernels are the same). A layer that does anything else keeps its forward: a factor on the residual, a norm after attention, a
+rope that some layers lack. If all layers are of that kind they become a single call, and the same trial is made of the model
+as a whole.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from simple_flashinfer.attention.base import RunLayers
 from simple_flashinfer.kernels.cpu import Linear
 from simple_flashinfer.kernels.decoder_layers import DecoderParts
 from simple_flashinfer.model.fuse import FusedLinear, FusedPart
-from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable, is_close, random_tensor
+from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable, random_tensor
 
 # a request that decodes its third token, and one that begins with five; a page each
 _TRIAL = AttentionMetadata(
@@ -44,8 +45,13 @@ def fuse_decoder(model: Any, backend: AttentionBackend, dtype: torch.dtype) -> F
 
     Returns a forward for all of the model, where embedding, layers, norm and output matrix are all there is to it.
     """
-    table = next((module for module in model.modules() if isinstance(module, RotaryTable)), None)
-    if table is None or backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    table = tables[0] if len(tables) == 1 else None
+    if (
+        not isinstance(table, RotaryTable)
+        or backend.num_pages < len(_TRIAL.kv_indices)
+        or backend.page_size < max(_TRIAL.kv_lens)
+    ):
         return None
     positions = torch.from_numpy(_TRIAL.positions).long()
     whole = {}
@@ -62,7 +68,7 @@ def fuse_decoder(model: Any, backend: AttentionBackend, dtype: torch.dtype) -> F
             got = run(x, *rope)
         except (TypeError, ValueError, RuntimeError):  # it wants other arguments, or turns a part of each head only
             continue
-        if isinstance(expected, torch.Tensor) and is_close(expected, got):
+        if isinstance(expected, torch.Tensor) and torch.equal(expected, got):
             layer.forward = _layer_forward(run, layer.forward)
             whole[layer.self_attn.layer_idx] = parts
     return _whole_forward(model, table, backend, whole) if whole.keys() == backend.layers.keys() else None
@@ -92,7 +98,7 @@ def _whole_forward(
     ids, positions = (torch.from_numpy(array).long() for array in (_TRIAL.positions + 1, _TRIAL.positions))
     rows = torch.tensor([0, 3, 5])
     expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
-    return forward if is_close(expected, forward(ids, positions, rows)) else None
+    return forward if torch.equal(expected, forward(ids, positions, rows)) else None
 
 
 def _parts(layer: Any) -> DecoderParts | None:

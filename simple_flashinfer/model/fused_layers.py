@@ -144,7 +144,7 @@ def _same(layer: nn.Module, replacement: Any, dtype: torch.dtype, device: torch.
     else:  # of whole rows, and of some heads among those of a wider matrix
         width = replacement.weight.shape[0]
         inputs = [random_tensor(dtype, device, 1, 3, width), random_tensor(dtype, device, 1, 3, 5, width)[:, :, 1:4]]
-    return all(is_close(layer(x), replacement(x)) for x in inputs)
+    return all(_close(layer(x), replacement(x)) for x in inputs)
 
 
 def _fuse_rope(layer: nn.Module, dtype: torch.dtype, device: torch.device, kernels: LayerKernels) -> None:
@@ -171,7 +171,7 @@ def _fuse_rope(layer: nn.Module, dtype: torch.dtype, device: torch.device, kerne
         expected, got = original(q, k, cos, sin), fused(q, k, cos, sin)
     except (TypeError, RuntimeError):  # it wants other arguments, or only a part of the head turns, or has another size
         return
-    if all(is_close(a, b) for a, b in zip(expected, got, strict=True)):
+    if all(_close(a, b) for a, b in zip(expected, got, strict=True)):
         scope = {**forward.__globals__, _ROPE: fused}
         copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         copy.__kwdefaults__ = forward.__kwdefaults__
@@ -189,7 +189,7 @@ def random_tensor(dtype: torch.dtype, device: torch.device, *shape: int) -> torc
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-def is_close(expected: torch.Tensor, got: torch.Tensor) -> bool:
+def _close(expected: torch.Tensor, got: torch.Tensor) -> bool:
     tolerance = _TOLERANCE[expected.dtype]
     return expected.shape == got.shape and torch.allclose(
         expected, got, rtol=tolerance, atol=tolerance * float(expected.abs().max())
