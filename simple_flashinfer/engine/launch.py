@@ -121,7 +121,7 @@ def _build_engine(
             phases.end("fuse")
         runner = ModelRunner(
             loaded, device, config.max_sequence, overlap, worker, config.torch_profiling,
-            filter_probs=cuda.filter_probs if cuda else None, likeliest=cpu.likeliest if cpu else None,
+            filter_probs=cuda.filter_probs if cuda else None, draw=cpu.draw if cpu else None,
         )  # fmt: skip
         with _memory_for("a step of the largest size", "lower --max_num_batched_tokens or --max_sequence"):
             layers, step_bytes = runner.trace_layers(config.max_num_batched_tokens, config.max_sequence)

@@ -14,6 +14,7 @@ import torch
 from simple_flashinfer.kernels.compiler import library_path
 
 _DTYPES = {torch.bfloat16: "SCALAR_BF16", torch.float16: "SCALAR_F16", torch.float32: "SCALAR_F32"}
+_DRAW_PARAMETERS = (np.float32, np.int32, np.float64, np.float32, np.float64)
 _LANES = 16
 PAGE_MULTIPLE = _LANES  # what page sizes must be a multiple of, since K and V come in tiles of tokens
 EVERYTHING = 1 << 40  # a window that no request is longer than
@@ -71,9 +72,9 @@ class CpuKernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         with ThreadPoolExecutor() as pool:  # of compilers
-            sources = ("elementwise.cpp", "linear.cpp", "decoder_layers.cpp")
+            sources = ("elementwise.cpp", "linear.cpp", "decoder_layers.cpp", "sampling.cpp")
             paths = pool.map(lambda source: str(library_path(source, {_DTYPES[dtype]: 1})), sources)
-        elementwise, linear, decoder_layers = paths
+        elementwise, linear, decoder_layers, sampling = paths
         library = ctypes.PyDLL(elementwise)
         self.rms_norm_function = library.rms_norm
         self.rms_norm_function.argtypes = [_pointer, _int, *[_pointer] * 2, *[_int] * 3, _float]
@@ -81,8 +82,10 @@ class CpuKernels:
         self.silu_and_mul_function.argtypes = [*[_pointer] * 2, _int, _int]
         self.rope_function = library.rope
         self.rope_function.argtypes = [_pointer, _int, _int, *[_pointer] * 3, _int, _int, _int]
-        self._likeliest = library.likeliest
-        self._likeliest.argtypes = [*[_pointer] * 2, *[_int] * 2]
+        sampler = ctypes.CDLL(sampling)
+        self._draw = {dtype: sampler.draw_scalars, torch.float32: sampler.draw_floats}
+        for draw in self._draw.values():
+            draw.argtypes = [*[_pointer] * 7, *[_int] * 2]
         self._linear = ctypes.CDLL(linear)
         for multiply in (self._linear.linear_plain, self._linear.linear_int8):
             multiply.argtypes = [*[_pointer] * 5, *[_int] * 3]
@@ -110,11 +113,16 @@ class CpuKernels:
         self.silu_and_mul_function(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
         return out
 
-    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [S, V] -> int64 [S]: see `sampling.likeliest`."""
-        logits = logits.contiguous()
-        tokens = torch.empty(len(logits), dtype=torch.int64)
-        self._likeliest(logits.data_ptr(), tokens.data_ptr(), *logits.shape)
+    def draw(self, logits: torch.Tensor, *parameters: np.ndarray) -> torch.Tensor:
+        """logits [S, V] of this dtype or float32 -> int64 [S], -1 where the largest is not finite, or one is NaN.
+
+        parameters: temperature float32, top_k int32, top_p float64, min_p float32, uniform numbers float64, [S] each, as in
+        `sampling.SamplingBatch`.
+        """
+        logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
+        held = [np.ascontiguousarray(array, dtype) for array, dtype in zip(parameters, _DRAW_PARAMETERS, strict=True)]
+        pointers = [array.__array_interface__["data"][0] for array in held]
+        self._draw[logits.dtype](logits.data_ptr(), *pointers, tokens.data_ptr(), *logits.shape)
         return tokens
 
     def rope(

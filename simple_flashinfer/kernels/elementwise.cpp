@@ -55,33 +55,4 @@ void rope(const Scalar* x, int64_t token_stride, int64_t head_stride, const Scal
         }
     }
 }
-
-// x [rows, count] -> out [rows]: where the largest number is, the first of equals; -1 where it is not finite or one is NaN
-void likeliest(const Scalar* x, int64_t* out, int64_t rows, int64_t count) {
-    constexpr int64_t PART = 256;  // the largest is first found among so many, then its place among these
-#pragma omp parallel for if (rows * count > WORTH_SHARING)
-    for (int64_t row = 0; row < rows; ++row) {
-        const Scalar* from = x + row * count;
-        float peak = -INFINITY;
-        int64_t at = 0;
-        bool any_nan = false;
-        for (int64_t begin = 0; begin < count; begin += PART) {
-            float highest = -INFINITY;
-            int nans = 0;
-#pragma omp simd reduction(max : highest) reduction(+ : nans)
-            for (int64_t i = begin; i < std::min(begin + PART, count); ++i) {
-                const float value = load(from[i]);
-                highest = std::max(highest, value);
-                nans += value != value;
-            }
-            any_nan |= nans > 0;
-            if (highest > peak) peak = highest, at = begin;
-        }
-        if (any_nan || std::fabs(peak) > 3.4028235e38f)
-            at = -1;
-        else
-            while (load(from[at]) != peak) ++at;
-        out[row] = at;
-    }
-}
 }

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from simple_flashinfer import sampling
 from simple_flashinfer.attention import AttentionBackend, AttentionLayer, UnsupportedLayerError
 from simple_flashinfer.kernels.transfer import indices
 from simple_flashinfer.model.attention_hook import AttentionHook
@@ -26,7 +25,7 @@ from simple_flashinfer.model.fused_decoder import Forward, fuse_decoder
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
-from simple_flashinfer.sampling import FilterProbs, Likeliest, gather_logprobs, sample
+from simple_flashinfer.sampling import Draw, FilterProbs, gather_logprobs, likeliest, sample
 from simple_flashinfer.sampling.grammar import Grammars, GrammarState, Masks, apply_bitmask
 from simple_flashinfer.types import (
     EngineDeadError,
@@ -53,10 +52,10 @@ class ModelRunner:
         worker: Worker | None = None,
         profile: bool = False,
         filter_probs: FilterProbs | None = None,
-        likeliest: Likeliest | None = None,
+        draw: Draw | None = None,
     ) -> None:
         """overlap: a step may come before the result of the one before was asked for. worker: the thread that runs steps,
-        None for the one that calls. filter_probs, likeliest: kernels of the device; see `sample`.
+        None for the one that calls. filter_probs, draw: kernels of the device; see `sample`.
         """
         accepted = inspect.signature(type(loaded.model).forward).parameters
         for name in ("position_ids", "logits_to_keep"):
@@ -77,7 +76,7 @@ class ModelRunner:
         self._overlap = overlap
         self._worker = worker
         self._filter_probs = filter_probs
-        self._likeliest = likeliest or sampling.likeliest
+        self._draw = draw
         # the token that each row drew last; one place more for the padding rows of graphs
         self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._profiler = StepProfiler(enabled=profile)
@@ -147,8 +146,8 @@ class ModelRunner:
                         raise RequestFailedError(inputs.request_ids[at], state.error)
                 allowed = apply_bitmask(logits, list(inputs.grammars), words)
             if tokens is None or inputs.grammars or not inputs.sampling.is_greedy:
-                greedy = inputs.sampling.is_greedy
-                tokens = self._likeliest(allowed) if greedy else sample(allowed, inputs.sampling, self._filter_probs)
+                simple = inputs.sampling.is_greedy and self._draw is None
+                tokens = likeliest(allowed) if simple else sample(allowed, inputs.sampling, self._filter_probs, self._draw)
                 if self._overlap:
                     self._drawn[indices(inputs.sampled_rows, self.device)] = tokens.clamp_min(0)
             logprobs: Callable[[], dict[int, TokenLogprobs]] = dict
@@ -205,7 +204,7 @@ class ModelRunner:
         """A decode step from tokens to tokens, to be captured: int64 [B] each -> logits [B, V], the likeliest tokens [B]."""
         ids = torch.where(ids < 0, self._drawn[rows], ids)
         logits = self._model_logits(ids, positions, torch.arange(len(ids), device=self.device))
-        tokens = self._likeliest(logits)
+        tokens = likeliest(logits)
         self._drawn[rows] = tokens.clamp_min(0)
         return logits, tokens
 

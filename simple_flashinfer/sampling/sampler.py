@@ -20,8 +20,11 @@ FloatArray = npt.NDArray[np.float32]
 # probabilities float32 [D, V], top_k int32 [D], top_p float32 [D], off is V and 1 -> those that are left, others 0; [D, V]
 FilterProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# logits [S, V] -> int64 [S], as `likeliest` below
-Likeliest = Callable[[torch.Tensor], torch.Tensor]
+# logits [S, V], temperature, top_k, top_p, min_p and uniform numbers [S], as in SamplingBatch -> tokens int64 [S]
+Draw = Callable[
+    [torch.Tensor, FloatArray, npt.NDArray[np.int32], npt.NDArray[np.float64], FloatArray, npt.NDArray[np.float64]],
+    torch.Tensor,
+]
 
 INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
 _BLOCK = 256
@@ -53,29 +56,44 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch, filter_probs: FilterProbs | None = None) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, batch: SamplingBatch, filter_probs: FilterProbs | None = None, draw: Draw | None = None
+) -> torch.Tensor:
     """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the largest is not finite.
 
-    Of a batch that `is_greedy`, `likeliest` gives the same sooner.
     filter_probs: the device's kernel for top-k and top-p. Without it torch looks for their thresholds, and may have to wait
-    for the device to know how far to look.
+    for the device to know how far to look. draw: a kernel for all but typical_p. Without either a batch that `is_greedy`
+    gets the same from `likeliest`, sooner.
     """
-    logits = logits.float()
     if batch.processed:
-        logits = apply_processors(logits, batch.processed)
+        logits = apply_processors(logits.float(), batch.processed)
+    if draw is None:
+        return _sample(logits.float(), batch, np.arange(len(logits)), filter_probs)
+    numbers = uniforms(batch.seeds, batch.positions)
+    tokens = draw(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, numbers)
+    typical = np.flatnonzero((batch.typical_p > 0) & (batch.typical_p < 1))
+    if len(typical):
+        rows = to_device(typical, logits.device)
+        tokens[rows] = _sample(logits[rows].float(), batch, typical, filter_probs)
+    return tokens
+
+
+def _sample(
+    logits: torch.Tensor, batch: SamplingBatch, rows: npt.NDArray[np.intp], filter_probs: FilterProbs | None
+) -> torch.Tensor:
+    """logits float32 [R, V], those of some rows of the batch."""
     best, tokens = logits.max(dim=-1)
-    drawn = np.flatnonzero(batch.temperature > 0)
+    drawn = np.flatnonzero(batch.temperature[rows] > 0)
     if len(drawn):
-        rows = to_device(drawn, logits.device)
-        every = len(drawn) == len(logits)
-        shifted = logits - best[:, None] if every else logits[rows] - best[rows, None]
-        shifted /= to_device(batch.temperature[drawn], logits.device)[:, None]
-        probs = _filtered(shifted, batch, drawn, filter_probs)
-        typical_p = batch.typical_p[drawn]
-        for index in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
-            probs[index] = _typical(probs[index], float(typical_p[index]))
-        picked = _pick(probs, to_device(uniforms(batch.seeds[drawn], batch.positions[drawn]), logits.device))
-        tokens[rows] = picked.clamp_max(logits.shape[-1] - 1)
+        index, rows = to_device(drawn, logits.device), rows[drawn]
+        shifted = logits - best[:, None] if len(drawn) == len(logits) else logits[index] - best[index, None]
+        shifted /= to_device(batch.temperature[rows], logits.device)[:, None]
+        probs = _filtered(shifted, batch, rows, filter_probs)
+        typical_p = batch.typical_p[rows]
+        for at in np.flatnonzero((typical_p > 0) & (typical_p < 1)).tolist():
+            probs[at] = _typical(probs[at], float(typical_p[at]))
+        picked = _pick(probs, to_device(uniforms(batch.seeds[rows], batch.positions[rows]), logits.device))
+        tokens[index] = picked.clamp_max(logits.shape[-1] - 1)
     return torch.where(torch.isfinite(best), tokens, INVALID_TOKEN)
 
 

@@ -16,10 +16,23 @@ from transformers import (
 from simple_flashinfer.kernels.compiler import compiler
 from simple_flashinfer.kernels.cpu import cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels
-from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, likeliest, sample
+from simple_flashinfer.sampling import SamplingBatch, gather_logprobs, sample
 from simple_flashinfer.sampling.processors import LogitsProcessors, ProcessedRow, apply_processors
 from simple_flashinfer.sampling.sampler import INVALID_TOKEN, uniforms
 from test.attention import fake_flashinfer
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+by_torch_and_by_kernel = pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(sample, id="torch"),
+        pytest.param(
+            lambda logits, *args: sample(logits, *args, draw=cpu_kernels(logits.dtype).draw),
+            id="kernel",
+            marks=needs_compiler,
+        ),
+    ],
+)
 
 
 def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, typical_p=0.0, seeds=None, positions=None, processed=()):
@@ -38,11 +51,13 @@ def batch(size, temperature=1.0, top_k=0, top_p=0.0, min_p=0.0, typical_p=0.0, s
     )
 
 
-def test_temperature_zero_is_argmax():
+@by_torch_and_by_kernel
+def test_temperature_zero_is_argmax(sample):
     logits = torch.randn(50, 1000)
     assert sample(logits, batch(50, temperature=0, top_k=5, top_p=0.5)).tolist() == logits.argmax(-1).tolist()
 
 
+@by_torch_and_by_kernel
 @pytest.mark.parametrize(
     ("options", "warpers"),
     [
@@ -57,7 +72,7 @@ def test_temperature_zero_is_argmax():
         ),
     ],
 )
-def test_draws_follow_the_distribution_that_hf_draws_from(options, warpers):
+def test_draws_follow_the_distribution_that_hf_draws_from(sample, options, warpers):
     torch.manual_seed(1)
     logits, draws = torch.randn(30) * 2, 40_000
     probabilities = LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())[0].softmax(-1)
@@ -68,8 +83,9 @@ def test_draws_follow_the_distribution_that_hf_draws_from(options, warpers):
     assert deviation[probabilities > 0].abs().max() < 5
 
 
+@by_torch_and_by_kernel
 @pytest.mark.parametrize("vocabulary", [3000, 40])
-def test_top_p_beyond_the_first_look(vocabulary):
+def test_top_p_beyond_the_first_look(sample, vocabulary):
     """Flat logits: the nucleus is larger than the part of the vocabulary that is looked at first."""
     torch.manual_seed(2)
     logits, draws = torch.randn(vocabulary) * 0.01, 3000
@@ -79,6 +95,7 @@ def test_top_p_beyond_the_first_look(vocabulary):
     assert len(tokens.unique()) > 0.9 * 0.55 * vocabulary
 
 
+@by_torch_and_by_kernel
 @settings(deadline=None, max_examples=50)
 @given(
     rows=st.lists(
@@ -95,7 +112,7 @@ def test_top_p_beyond_the_first_look(vocabulary):
     ),
     ties=st.booleans(),
 )
-def test_a_draw_depends_on_seed_and_position_only(rows, ties):
+def test_a_draw_depends_on_seed_and_position_only(sample, rows, ties):
     """The same row alone, and among others in any order, gives the same token, ties included."""
     generator = torch.Generator().manual_seed(len(rows))
     logits = torch.randn(len(rows), 1500, generator=generator) * 3
@@ -122,8 +139,9 @@ def test_uniforms_are_uniform_and_independent():
     assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.02
 
 
+@by_torch_and_by_kernel
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_told(bad):
+def test_logits_that_are_not_finite_are_told(sample, bad):
     logits = torch.zeros(3, 10)
     logits[1, 4] = bad
     tokens = sample(logits, batch(3, temperature=[0, 1, 0]))
@@ -150,14 +168,16 @@ def test_presence_and_frequency_count_the_output_alone():
     torch.testing.assert_close(apply_processors(logits, [row]), expected)
 
 
-def test_penalties_count_before_anything_else():
+@by_torch_and_by_kernel
+def test_penalties_count_before_anything_else(sample):
     logits = torch.tensor([[2.0, 1.9, 0.0]])
     row = ProcessedRow(0, np.array([2, 0], np.int32), 1, LogitsProcessors(presence=0.5))
     assert sample(logits, batch(1, temperature=0, processed=[row])).tolist() == [1]
 
 
+@by_torch_and_by_kernel
 @pytest.mark.parametrize("mass", [0.2, 0.5, 0.95])
-def test_typical_p_keeps_the_tokens_that_transformers_keeps(mass):
+def test_typical_p_keeps_the_tokens_that_transformers_keeps(sample, mass):
     logits = torch.randn(1, 40) * 3
     kept = torch.isfinite(TypicalLogitsWarper(mass=mass)(None, logits.clone()))[0]
     drawn = sample(logits.expand(4000, -1), batch(4000, typical_p=mass)).unique()
@@ -166,7 +186,8 @@ def test_typical_p_keeps_the_tokens_that_transformers_keeps(mass):
     assert set(likely.nonzero()[:, 0].tolist()) <= set(drawn.tolist())
 
 
-def test_what_processors_forbid_is_never_drawn():
+@by_torch_and_by_kernel
+def test_what_processors_forbid_is_never_drawn(sample):
     logits = torch.randn(200, 8)
     tokens = np.array([7, 1, 2], np.int32)  # a prompt of one token, and two of output
     processors = LogitsProcessors(
@@ -204,20 +225,31 @@ def test_the_device_s_kernels_for_top_k_and_top_p_leave_the_same_tokens(monkeypa
     assert (sample(logits, narrow) == sample(logits, narrow, CudaKernels().filter_probs)).all()
 
 
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_likeliest_token_by_a_kernel(dtype):
+def test_the_kernel_draws_what_torch_draws(dtype):
     torch.manual_seed(0)
-    for rows, vocab in ((0, 7), (1, 1), (3, 17), (64, 8192)):
-        logits = torch.randn(rows, vocab).to(dtype)
-        assert cpu_kernels(dtype).likeliest(logits).tolist() == likeliest(logits).tolist()
-    rows = torch.zeros(6, 100, dtype=dtype)
+    draw = cpu_kernels(dtype).draw
+    for rows, vocab, scale in ((0, 7, 1), (1, 1, 1), (7, 17, 1), (400, 5000, 1), (60, 3000, 30), (40, 3000, 0)):
+        for options in (
+            {"temperature": 0}, {}, {"top_k": 40}, {"top_p": 0.9}, {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            {"min_p": 0.1, "top_k": 900}, {"temperature": 1.5, "top_p": 0.999}, {"top_k": 4999, "top_p": 0.01},
+        ):  # fmt: skip
+            logits = (torch.randn(rows, vocab) * scale).to(dtype)
+            parameters = batch(rows, positions=range(rows), **options)
+            got, expected = sample(logits, parameters, draw=draw), sample(logits, parameters)
+            if options == {"temperature": 0} and scale:
+                assert torch.equal(logits.float().gather(1, got[:, None]), logits.float().max(1, keepdim=True).values)
+            elif scale:
+                assert (got != expected).float().sum() <= 0.03 * rows, "sums are rounded in another order"
+            assert ((got >= 0) & (got < vocab)).all()
+    rows = torch.zeros(7, 100, dtype=dtype)
     rows[0, 7], rows[1, 99], rows[2], rows[4, 50], rows[5, [60, 40]] = torch.nan, torch.inf, -torch.inf, -torch.inf, 3
-    expected = [INVALID_TOKEN, INVALID_TOKEN, INVALID_TOKEN, 0, 0, 40]
-    assert cpu_kernels(dtype).likeliest(rows).tolist() == expected
-    assert likeliest(rows).tolist()[:3] == expected[:3]
+    rows[6], rows[6, 30] = -torch.inf, -5
+    drawn = sample(rows, batch(7, temperature=[0, 1, 0, 0, 0, 0, 1]), draw=draw).tolist()
+    assert drawn == [INVALID_TOKEN, INVALID_TOKEN, INVALID_TOKEN, 0, 0, 40, 30]
     part = torch.randn(4, 300).to(dtype)[:, 100:200]
-    assert cpu_kernels(dtype).likeliest(part).tolist() == part.argmax(-1).tolist()
+    assert sample(part, batch(4, temperature=0), draw=draw).tolist() == part.argmax(-1).tolist()
 
 
 def test_logprobs_are_the_log_softmax():
