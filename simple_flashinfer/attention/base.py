@@ -194,7 +194,7 @@ class AttentionBackend(ABC):
         """
 
     def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
-        """Whole decoder layers that follow each other, by layer_idx, as one call, if the backend has one."""
+        """Whole decoder layers that follow each other, by layer_idx, as one call, where the backend has one."""
         return None
 
     @abstractmethod

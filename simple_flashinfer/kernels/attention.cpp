@@ -136,7 +136,7 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
     const int32_t *qo_indptr = batch->qo_indptr, *kv_lens = batch->kv_lens;
     const int64_t page_stride = kv_heads * PAGE_SIZE * HEAD_DIM;
     std::vector<Task> tasks;
-    int64_t num_keys = 0;
+    size_t num_keys = 0, num_results = 0;  // kept until the end, for tasks that are parts: decodes, which come first
     for (int64_t r = 0; r < batch->requests; ++r) {
         const int64_t tokens = qo_indptr[r + 1] - qo_indptr[r];
         for (int64_t token = 0; token < tokens; token += TOKENS) {
@@ -145,11 +145,12 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
             for (int64_t begin = first; begin < last; begin += step)
                 tasks.push_back({r, token, begin, std::min(begin + step, last), last - first <= step});
             num_keys += last - first;
+            if (last - first > step) num_results = tasks.size() * kv_heads;
         }
     }
     const int64_t count = int64_t(tasks.size()) * kv_heads;
-    static thread_local std::vector<Result> storage;  // of tasks that are parts
-    if (std::any_of(tasks.begin(), tasks.end(), [](const Task& task) { return !task.whole; })) storage.resize(count);
+    static thread_local std::vector<Result> storage;
+    if (storage.size() < num_results) storage.resize(num_results);
     Result* results = storage.data();
     // a sink joins the sum, and has no value
     const auto finish = [=](Result& result, int64_t r, int64_t token, int64_t tokens, int64_t h) {
@@ -159,7 +160,7 @@ void attention(const Scalar* q, int64_t q_token_stride, int64_t q_head_stride, c
             write(result, g, out + ((qo_indptr[r] + token + g / GROUP) * kv_heads * GROUP + head) * HEAD_DIM);
         }
     };
-#pragma omp parallel if (num_keys * kv_heads > WORTH_SHARING)
+#pragma omp parallel if (int64_t(num_keys) * kv_heads > WORTH_SHARING)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {

@@ -1,7 +1,7 @@
 """The CPU kernels as functions of tensors.
 
 Calls go through ctypes: about 2 us each. The small ones keep the interpreter's lock, since giving it away and asking for it
-again would take longer than they run; matmuls and attention let it go.
+again would take longer than they run; matmuls, attention, draws and whole layers let it go.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ def _pack(weight: torch.Tensor, pair: int) -> torch.Tensor:
 
 
 class CpuKernels:
-    """Those between and in the matmuls, for one dtype. All tensors are on the CPU, in that dtype. Raises CompileError."""
+    """All but attention, for one dtype. All tensors are on the CPU, in that dtype. Raises CompileError."""
 
     rope_needs_equal_halves = False
 
@@ -182,9 +182,11 @@ class Attention:
         self.attention_function = ctypes.CDLL(path).attention
         self.attention_function.argtypes = [
             _pointer,
-            *[_int] * 2,
+            _int,
+            _int,
             *[_pointer] * 3,
-            *[_int] * 2,
+            _int,
+            _int,
             _float,
             _float,
             *[_pointer] * 2,

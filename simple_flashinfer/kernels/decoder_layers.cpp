@@ -21,7 +21,7 @@ struct Linear {  // see linear.cpp
 };
 
 struct Norm {
-    const Scalar* weight;  // null: there is none
+    const Scalar* weight;  // null where q or k has none
     int64_t dim;
     float eps;
 };
@@ -60,7 +60,8 @@ void run(const Layer& l, const Batch* batch, const Scalar* cos, const Scalar* si
     const int64_t q_size = l.heads * dim, kv_size = l.kv_heads * dim;
     static thread_local std::vector<Scalar> memory;  // grows to the largest step
     const int64_t wide_size = std::max(l.qkv.out, l.gate_up.out), inner_size = std::max(q_size, l.down.in);
-    memory.resize(tokens * (hidden + wide_size + inner_size + q_size + kv_size));
+    const size_t needed = tokens * (hidden + wide_size + inner_size + q_size + kv_size);
+    if (memory.size() < needed) memory.resize(needed);
     Scalar* same = memory.data();
     Scalar* wide = same + tokens * hidden;
     Scalar* inner = wide + tokens * wide_size;

@@ -66,7 +66,9 @@ struct Task {
     int64_t in, out;
 };
 
-struct Ahead {  // memory to fetch while a block multiplies, two lines for each pair of inputs
+// Memory to fetch while a block multiplies, two lines for each pair of inputs: all of the next weights, or half of them where only
+// one block has the time; fetching all was no faster there.
+struct Ahead {
     const char* at;
     int64_t step;
 };
@@ -177,13 +179,17 @@ void linear_int8(const Scalar* x, const int8_t* w, const float* scales, const Sc
         x_scales.resize(rows * chunks);
         for (int64_t i = 0; i < rows * chunks; ++i) {
             const int64_t row = i / chunks, begin = row * in + i % chunks * CHUNK, end = std::min(begin + CHUNK, (row + 1) * in);
-            float peak = 1e-30f;
-#pragma omp simd reduction(max : peak)
-            for (int64_t k = begin; k < end; ++k) peak = std::max(peak, std::fabs(load(x[k])));
-            x_scales[i] = peak / 32767.0f;
-            const float scale = 32767.0f / peak;
+            float peak = 1e-30f, nothing = 0;
+#pragma omp simd reduction(max : peak) reduction(+ : nothing)
+            for (int64_t k = begin; k < end; ++k) {
+                const float value = load(x[k]);
+                peak = std::max(peak, std::fabs(value));
+                nothing += value - value;
+            }
+            x_scales[i] = peak / 32767.0f + nothing;  // NaN where an input is not finite, and so are the sums
+            const float scale = nothing == 0 ? 32767.0f / peak : 0;
 #pragma omp simd
-            for (int64_t k = begin; k < end; ++k) integers[k] = int16_t(std::nearbyint(load(x[k]) * scale));
+            for (int64_t k = begin; k < end; ++k) integers[k] = int16_t(nothing == 0 ? std::nearbyint(load(x[k]) * scale) : 0);
         }
         const Task<Integers> task = {integers.data(), x_scales.data(), scales, bias, y, in, out};
         return linear(task, rows, true, [=](int64_t tile, int64_t) { return w + tile * TILE * in; });

@@ -1,12 +1,12 @@
-"""Whole decoder layers as one call, where the attention backend has one: the CPU's (kernels/decoder_layers.cpp).
+"""All decoder layers of a model as one call, where the attention backend has one: the CPU's (kernels/decoder_layers.cpp).
 
-As with the small layers, what a layer's parts are called proposes it, and trying settles it: the call takes the place of the
-layer's forward only if both give the very same for a small batch, through the attention and the pages that will serve (the
-kernels are the same). A layer that does anything else keeps its forward: a factor on the residual, a norm after attention, a
-rope that some layers lack. If all layers are of that kind they become a single call, and the same trial is made of the model
-as a whole.
+As with the small layers, what a layer's parts are called proposes it, and trying settles it: embedding, the call, the last
+norm and the output matrix take the place of the model's forward only if both give the very same logits for a small batch
+(the kernels are the same), at positions all over the context, through the attention and the pages that will serve. A model
+that does anything else keeps its forward: a factor on the residual, a norm after attention, layers that have no rope.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from simple_flashinfer.attention import AttentionBackend, AttentionMetadata
-from simple_flashinfer.attention.base import RunLayers
 from simple_flashinfer.kernels.cpu import Linear
 from simple_flashinfer.kernels.decoder_layers import DecoderParts
 from simple_flashinfer.model.fuse import FusedLinear, FusedPart
-from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable, random_tensor
+from simple_flashinfer.model.fused_layers import FusedMLP, FusedRMSNorm, RotaryTable
 
-# a request that decodes its third token, and one that begins with five; a page each
+logger = logging.getLogger(__name__)
+
+# a request that decodes its third token, and one that begins with five; a page each. Positions are for attention alone
 _TRIAL = AttentionMetadata(
     num_decodes=1,
     num_shared_pages=0,
@@ -40,65 +41,47 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def fuse_decoder(model: Any, backend: AttentionBackend, dtype: torch.dtype) -> Forward | None:
-    """Replaces forwards inside the model, in place. `fuse_layers` comes first, and the model attends through `backend`.
-
-    Returns a forward for all of the model, where embedding, layers, norm and output matrix are all there is to it.
-    """
-    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-    table = tables[0] if len(tables) == 1 else None
-    if (
-        not isinstance(table, RotaryTable)
-        or backend.num_pages < len(_TRIAL.kv_indices)
-        or backend.page_size < max(_TRIAL.kv_lens)
-    ):
+def fuse_decoder(model: Any, backend: AttentionBackend) -> Forward | None:
+    """None where the model is of another kind. `fuse_layers` comes first, and the model attends through `backend`."""
+    if backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
         return None
-    positions = torch.from_numpy(_TRIAL.positions).long()
-    whole = {}
-    for layer in model.modules():
-        parts = _parts(layer)
-        run = backend.decoder_layers({layer.self_attn.layer_idx: parts}) if parts else None
-        if parts is None or run is None:
-            continue
-        x = random_tensor(dtype, backend.device, 1, len(positions), parts.qkv.in_features)
-        rope = table(x, positions[None])
+    try:
+        forward = _forward(model, backend)
+        if forward is None:
+            return None
+        last = len(_rotary_table(model).cos) - 1  # type: ignore[union-attr, arg-type]
+        positions = torch.tensor([last, 0, 1, last // 3, last // 2, max(last - 1, 0)])
+        ids, rows = torch.arange(6) % len(model.get_input_embeddings().weight), torch.tensor([0, 3, 5])
         backend.plan(_TRIAL)
-        try:
-            expected = layer(x, attention_mask=None, position_embeddings=rope, past_key_values=None, use_cache=False)
-            got = run(x, *rope)
-        except (TypeError, ValueError, RuntimeError):  # it wants other arguments, or turns a part of each head only
-            continue
-        if isinstance(expected, torch.Tensor) and torch.equal(expected, got):
-            layer.forward = _layer_forward(run, layer.forward)
-            whole[layer.self_attn.layer_idx] = parts
-    return _whole_forward(model, table, backend, whole) if whole.keys() == backend.layers.keys() else None
+        expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
+        same = torch.equal(expected, forward(ids, positions, rows))
+    except Exception as error:  # whatever an unusual model may raise: it is served by its own forward
+        logger.debug("The layers of the model are not one call: %r", error)
+        return None
+    return forward if same else None
 
 
-def _layer_forward(run: RunLayers, original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(hidden_states: torch.Tensor, *args: Any, position_embeddings: Any = None, **options: Any) -> Any:
-        if position_embeddings is None:
-            return original(hidden_states, *args, **options)
-        return run(hidden_states, *position_embeddings)
-
-    return forward
-
-
-def _whole_forward(
-    model: Any, table: RotaryTable, backend: AttentionBackend, parts: dict[int, DecoderParts]
-) -> Forward | None:
-    embed, head, run = model.get_input_embeddings(), model.get_output_embeddings(), backend.decoder_layers(parts)
-    norm = dict(model.get_decoder().named_children()).get("norm")
-    if norm is None or head is None or run is None:
+def _forward(model: Any, backend: AttentionBackend) -> Forward | None:
+    parts = {layer.self_attn.layer_idx: own for layer in model.modules() if (own := _parts(layer)) is not None}
+    table = _rotary_table(model)
+    if table is None or parts.keys() != backend.layers.keys():
+        return None
+    run, norm = backend.decoder_layers(parts), dict(model.get_decoder().named_children())["norm"]
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if run is None:
         return None
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         hidden = run(embed(ids[None]), *table(ids, positions[None]))
         return head(norm(hidden[0].index_select(0, rows)))  # type: ignore[no-any-return]
 
-    ids, positions = (torch.from_numpy(array).long() for array in (_TRIAL.positions + 1, _TRIAL.positions))
-    rows = torch.tensor([0, 3, 5])
-    expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
-    return forward if torch.equal(expected, forward(ids, positions, rows)) else None
+    return forward
+
+
+def _rotary_table(model: nn.Module) -> RotaryTable | None:
+    """That of all layers."""
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    return tables[0] if len(tables) == 1 and isinstance(tables[0], RotaryTable) else None
 
 
 def _parts(layer: Any) -> DecoderParts | None:

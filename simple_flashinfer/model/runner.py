@@ -1,9 +1,8 @@
 """The executor: one forward pass and one draw for each step.
 
 On CUDA `execute` only queues work: the host waits for the device in the step's `result`, and, with FlashInfer's kernels to
-sample by, nowhere else. On the CPU a step
-runs at once, or in a thread of its own when steps overlap. Drawn tokens stay on the device as well (`_drawn`), from where
-the next step takes those that the host does not know yet.
+sample by, nowhere else. On the CPU a step runs at once, or in a thread of its own when steps overlap. Drawn tokens stay on
+the device as well (`_drawn`), from where the next step takes those that the host does not know yet.
 """
 
 import inspect
@@ -103,9 +102,9 @@ class ModelRunner:
         return self._hook.layers(self._text_config), peak
 
     def use_backend(self, backend: AttentionBackend, fuse: bool = False) -> None:
-        """fuse: whole decoder layers, where the backend computes them in one call."""
+        """fuse: all decoder layers at once, where the backend computes them in one call."""
         self._hook.backend = backend
-        self._whole = fuse_decoder(self._model, backend, self._model.dtype) if fuse else None
+        self._whole = fuse_decoder(self._model, backend) if fuse else None
 
     def use_cuda_graphs(self, max_num_seqs: int) -> None:
         """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""

@@ -20,13 +20,14 @@ FloatArray = npt.NDArray[np.float32]
 # probabilities float32 [D, V], top_k int32 [D], top_p float32 [D], off is V and 1 -> those that are left, others 0; [D, V]
 FilterProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# logits [S, V], temperature, top_k, top_p, min_p and uniform numbers [S], as in SamplingBatch -> tokens int64 [S]
+# logits [S, V] as the model gives them or float32; temperature, top_k, top_p, min_p and uniform numbers [S], as in
+# SamplingBatch -> tokens int64 [S], or INVALID_TOKEN
 Draw = Callable[
     [torch.Tensor, FloatArray, npt.NDArray[np.int32], npt.NDArray[np.float64], FloatArray, npt.NDArray[np.float64]],
     torch.Tensor,
 ]
 
-INVALID_TOKEN = -1  # drawn from logits that hold NaN or infinity
+INVALID_TOKEN = -1  # drawn where the largest logit is not finite, or one is NaN
 _BLOCK = 256
 _TOP = 1024  # a top-p threshold is first looked for among so many logits; sorting 49,152 of them takes 8 times as long
 
@@ -62,8 +63,8 @@ def sample(
     """logits [S, V], any float dtype -> int64 [S] on the same device; INVALID_TOKEN where the largest is not finite.
 
     filter_probs: the device's kernel for top-k and top-p. Without it torch looks for their thresholds, and may have to wait
-    for the device to know how far to look. draw: a kernel for all but typical_p. Without either a batch that `is_greedy`
-    gets the same from `likeliest`, sooner.
+    for the device to know how far to look. draw: a kernel for all but typical_p. Without it a batch that `is_greedy` is
+    served sooner by `likeliest`.
     """
     if batch.processed:
         logits = apply_processors(logits.float(), batch.processed)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -101,6 +103,12 @@ def test_packed_matmuls_with_any_number_of_rows(dtype, shape):
         # each weight is off by up to half a step of 1 / 127 of its row's largest
         error = linear(x.double().abs(), weight.double().abs().amax(1, keepdim=True).expand(*shape) / 254)
         assert ((eight(x).double() - expected).abs() <= error + TOLERANCE[dtype] * scale).all()
+    x = torch.ones(3, shape[1], dtype=dtype)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[1, -1] = bad
+        for packed in (plain, eight):
+            assert torch.isfinite(packed(x)).all(1).tolist() == [True, False, True]
+            assert not torch.isfinite(packed(x)[1]).any()
     with pytest.raises(TypeError, match="its weights were"):
         plain(torch.zeros(1, shape[1], dtype=torch.float64))
 
@@ -126,63 +134,71 @@ def test_int8_takes_what_it_says(checkpoint):
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whole_layers_of_the_common_kind_are_one_call(checkpoint, name, dtype):
-    model = checkpoint(name)
-    layers = {}
-    for settings in ({}, {"fuse": False}, {"attention_backend": "sdpa"}):
-        llm = LLM(model.path, torch_dtype=dtype, **settings)
-        layers[tuple(settings)] = llm.core.executor.model.model.layers
-        assert (llm.core.executor._whole is not None) == (not settings and name not in ("gemma2", "mixtral"))
-    whole = ["forward" in vars(layer) for layer in layers[()]]
-    assert whole == [name not in ("gemma2", "mixtral")] * len(whole)
-    assert not any("forward" in vars(layer) for key in layers if key for layer in layers[key])
-    if all(whole):
-        batch = LLM(model.path, torch_dtype=dtype).core.executor
-        layer = batch.model.model.layers[0]
-        hidden, dim = batch.model.config.hidden_size, batch.model.config.head_dim
-        x, rope = torch.zeros(1, 6, hidden, dtype=batch.model.dtype), [torch.zeros(1, 6, dim, dtype=batch.model.dtype)] * 2
-        assert layer(x, position_embeddings=rope).shape == x.shape, "the trial's plan is still there"
+def test_all_layers_are_one_call_where_they_are_of_the_common_kind(checkpoint, name, dtype):
+    path = checkpoint(name).path
+    executor = LLM(path, torch_dtype=dtype).core.executor
+    assert (executor._whole is not None) == (name not in ("gemma2", "mixtral"))
+    for settings in ({"fuse": False}, {"attention_backend": "sdpa"}, {"compare_sdpa_prefill": True}):
+        assert LLM(path, torch_dtype=dtype, **settings).core.executor._whole is None
+    if executor._whole is not None:
+        ids = torch.zeros(5, dtype=torch.long)  # the trial's plan is still there, of 6 tokens
         with pytest.raises(ValueError, match="the planned step has 6 tokens"):
-            layer(x[:, 1:], position_embeddings=rope)
+            executor._whole(ids, ids, ids)
+        executor.model.get_input_embeddings().double()
         with pytest.raises(TypeError, match="their weights were"):
-            layer(x.double(), position_embeddings=rope)
+            executor._whole(ids, ids, ids)
 
 
 @needs_compiler
-@pytest.mark.parametrize("change", ["residual", "no rope", "norm", "logits"])
-def test_layers_that_do_something_else_keep_their_forward(monkeypatch, checkpoint, change):
-    """Found out by trying: nothing in their names tells."""
+@pytest.mark.parametrize("settings", [{"max_model_len": 4, "max_num_batched_tokens": 4}, {"max_sequence": 1}])
+def test_small_as_it_may_be_it_starts(checkpoint, settings):
+    assert LLM(checkpoint("llama").path, torch_dtype="float32", **settings).core.executor._whole is not None
 
-    class Half(LlamaRMSNorm):
-        def forward(self, x):
-            return super().forward(x) / 2
 
-    forward, forward_of_all = LlamaDecoderLayer.forward, LlamaForCausalLM.forward
+@needs_compiler
+def test_an_engine_that_is_given_up_takes_its_pages_along(checkpoint):
+    """At once, and not when cycles are collected: the next one may need the room."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = LLM(checkpoint("llama").path, torch_dtype="float32")
+        assert llm.core.executor._whole is not None
+        backend = weakref.ref(llm.core.executor.backend)
+        del llm
+        assert backend() is None
+    finally:
+        gc.enable()
 
-    def scaled(self, *args, **options):
-        output = forward_of_all(self, *args, **options)
-        output.logits *= 2
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["residual", "no rope", "norm", "logits", "far away", "fails"])
+def test_a_model_that_does_something_else_keeps_its_forward(monkeypatch, checkpoint, change):
+    """Found out by trying: nothing in its names tells."""
+    layer, norm, whole = LlamaDecoderLayer.forward, LlamaRMSNorm.forward, LlamaForCausalLM.forward
+
+    def other_layer(self, hidden_states, *args, position_embeddings=None, position_ids=None, **options):
+        cos, sin = position_embeddings
+        if self.self_attn.layer_idx == 1 and change == "no rope":
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        if change == "far away":
+            hidden_states = hidden_states * (1 + (position_ids > 100)[..., None])
+        out = layer(self, hidden_states, *args, position_embeddings=(cos, sin), **options)
+        return out + hidden_states if self.self_attn.layer_idx == 1 and change == "residual" else out
+
+    @functools.wraps(whole)
+    def other_whole(self, *args, **options):
+        if change == "fails" and options["input_ids"].shape[1] == 6:
+            raise KeyError("unusual")
+        output = whole(self, *args, **options)
+        if change == "logits":
+            output.logits *= 2
         return output
 
-    def other(self, hidden_states, *args, position_embeddings=None, **options):
-        if self.self_attn.layer_idx == 1 and change == "residual":
-            return forward(self, hidden_states, *args, position_embeddings=position_embeddings, **options) + hidden_states
-        if self.self_attn.layer_idx == 1 and change == "no rope":
-            cos, sin = position_embeddings
-            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
-        return forward(self, hidden_states, *args, position_embeddings=position_embeddings, **options)
-
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", other_layer)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", other_whole)
     if change == "norm":
-        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm", Half)
-    else:
-        monkeypatch.setattr(LlamaDecoderLayer, "forward", other)
-        if change == "logits":
-            monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(forward_of_all)(scaled))
-    llm = LLM(checkpoint("llama").path, torch_dtype="float32")
-    whole = ["forward" in vars(layer) for layer in llm.core.executor.model.model.layers]
-    expected = {"norm": lambda index: False, "logits": lambda index: True}.get(change, lambda index: index != 1)
-    assert whole == [expected(index) for index in range(len(whole))]
-    assert llm.core.executor._whole is None
+        monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: norm(self, x) / 2)
+    assert LLM(checkpoint("llama").path, torch_dtype="float32").core.executor._whole is None
 
 
 def make(bias=True, sizes=(5, 3, 3)):
