@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simple_flashinfer.demo.skills import DRILLS, SKILLS, Exchange, Message, ask, drill, is_held_out, phrase, tool_exchanges
+from simple_flashinfer.demo.skills import DRILLS, SKILLS, Exchange, Message, ask, is_held_out, phrase, tool_exchanges
 from simple_flashinfer.demo.words import (
     ADJECTIVES,
     ANIMALS,
@@ -20,6 +20,7 @@ from simple_flashinfer.demo.words import (
     VERBS_PAST,
     a_city,
     a_name,
+    any_word,
     made_up,
 )
 
@@ -83,36 +84,30 @@ _SYSTEM_PROMPTS = [
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a stage of the training is made of.
+    """What a part of the training is made of.
 
-    often: weights of the skills. memory, tools, drills: shares of the conversations, which are of their own kind; the drills are
-    in plain repetition and fall from drills_at_first over _DRILLS conversations, or are of all `DRILLS`. recalls: how often
-    something is asked for in the middle of a conversation, too.
+    often: weights of the skills. memory, tools, drills: shares of the conversations, which are of their own kind. varied: how
+    often tools and memories have names and values from outside their lists. recalls: how often something is asked for in the
+    middle of a conversation, too.
     """
 
     often: dict[str, float]
     drills: float
-    drills_at_first: float = 0.0
-    all_drills: bool = False
     tools: float = 0.12
     memory: float = 0.23
-    recalls: float = 0.15
+    varied: float = 0.5
+    recalls: float = 0.3
 
 
 EARLY = Mix(
     {"small talk": 0.6, "unknown": 0.5, "server": 0.9, "arithmetic": 7.0, "repeat": 0.6, "reverse": 1.3, "sort": 2.4, "count": 0.8,
      "capitalise": 0.8, "extract": 1.2},
-    drills=0.01, drills_at_first=0.7,
+    drills=0.5,
 )  # fmt: skip
-LATE = Mix(  # more of what takes long to get exact, which is all that copies
-    {"small talk": 0.4, "unknown": 0.4, "server": 0.7, "arithmetic": 4.0, "repeat": 2.5, "reverse": 2.5, "sort": 2.5, "count": 0.4,
-     "capitalise": 2.0, "extract": 2.5},
-    drills=0.1,
-)  # fmt: skip
-EXACT = Mix(  # long lists and made-up words: one word in ten was taken from beside its place
+EXACT = Mix(  # more of what takes long to get exact: lists, JSON, sums
     {"small talk": 0.4, "unknown": 0.4, "server": 0.9, "arithmetic": 10.0, "repeat": 2.5, "reverse": 3.0, "sort": 7.0, "count": 0.5,
-     "capitalise": 3.0, "extract": 5.0},
-    drills=0.3, all_drills=True, memory=0.16, recalls=0.3,
+     "capitalise": 3.0, "extract": 4.0},
+    drills=0.25,
 )  # fmt: skip
 _FILLERS = ["small talk", "arithmetic", "repeat", "reverse", "sort", "capitalise", "server"]
 
@@ -123,19 +118,21 @@ def conversation(
     held_out: bool,
     filler_tokens: int = 0,
     before: int | None = None,
-    recalls: float = EARLY.recalls,
+    recalls: float = 0.15,
+    varied: bool = False,
 ) -> Conversation:
     """One conversation that ends with this skill. Only its end is held out; what comes before may have been seen.
 
     before: exchanges that come before, by default mostly none and at most three.
-    Skill `memory` tells something first, then other exchanges of about filler_tokens, then asks; recalls: see `Mix`.
+    Skill `memory` tells something first, then other exchanges of about filler_tokens, then asks.
+    varied: tools and memories have names and values from outside their lists; recalls: see `Mix`.
     """
     if skill == "memory":
-        return _remember(rng, held_out, filler_tokens, recalls)
+        return _remember(rng, held_out, filler_tokens, recalls, varied)
     if before is None:
         before = rng.randint(1, 3) if rng.random() < 0.25 else 0
     if skill == "tools":
-        return _use_tools(rng, held_out, min(before, 2))
+        return _use_tools(rng, held_out, min(before, 2), varied)
     while is_held_out(skill, (last := SKILLS[skill](rng)).key) != held_out:
         pass
     messages: list[Message] = []
@@ -150,9 +147,9 @@ def _seen(rng: random.Random, skill: str) -> Exchange:
     return exchange
 
 
-def _use_tools(rng: random.Random, held_out: bool, before: int) -> Conversation:
+def _use_tools(rng: random.Random, held_out: bool, before: int, varied: bool) -> Conversation:
     while True:
-        *first, last = tool_exchanges(rng, before + 1)
+        *first, last = tool_exchanges(rng, before + 1, varied)
         if is_held_out("tools", last.key) == held_out and not any(is_held_out("tools", e.key) for e in first):
             break
     messages: list[Message] = []
@@ -163,10 +160,10 @@ def _use_tools(rng: random.Random, held_out: bool, before: int) -> Conversation:
     return Conversation("tools", messages + last.messages, last.tools, held_out)
 
 
-def _remember(rng: random.Random, held_out: bool, filler_tokens: int, recalls: float) -> Conversation:
+def _remember(rng: random.Random, held_out: bool, filler_tokens: int, recalls: float, varied: bool) -> Conversation:
     while True:
         chosen = rng.sample(_MEMORIES, rng.randint(1, 4))
-        values = [make(rng) for *_, make in chosen]
+        values = [any_word(rng) if varied and rng.random() < 0.5 else make(rng) for *_, make in chosen]
         target = rng.randrange(len(chosen))
         keys = [f"{answer} {value}" for (_, _, answer, _), value in zip(chosen, values, strict=True)]
         if is_held_out("memory", keys[target]) == held_out and not any(
@@ -201,44 +198,33 @@ def _remember(rng: random.Random, held_out: bool, filler_tokens: int, recalls: f
     return Conversation("memory", messages, [], held_out)
 
 
-_DRILLS = 12_000  # conversations over which the drills in copying become rare
-
-
-def training_conversations(seed: int, mix: Mix = EARLY) -> Iterator[Conversation]:
-    """Without end, the same for the same seed."""
+def training_conversations(seed: int, share: Callable[[], float] = lambda: 0.0) -> Iterator[Conversation]:
+    """Without end, the same for the same seed. share: how much of the training is done, which shifts from EARLY to EXACT."""
     rng = random.Random(seed)
-    made_so_far = 0
     while True:
-        if rng.random() < max(mix.drills, mix.drills_at_first - made_so_far / _DRILLS):
-            made = _drills(rng) if mix.all_drills else _drill(rng, "repeat", drill)
-        else:
-            made = _for_training(rng, mix)
+        mix = EXACT if rng.random() < share() else EARLY
+        made = _drill(rng) if rng.random() < mix.drills else _for_training(rng, mix)
         if rng.random() < 0.2:
             made.messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
-        made_so_far += 1
         yield made
 
 
-def _drills(rng: random.Random) -> Conversation:
+def _drill(rng: random.Random) -> Conversation:
     skill = rng.choice(list(DRILLS))
-    return _drill(rng, skill, DRILLS[skill])
-
-
-def _drill(rng: random.Random, skill: str, make: Callable[[random.Random], Exchange]) -> Conversation:
-    while is_held_out(skill, (lesson := make(rng)).key):
+    while is_held_out(skill, (lesson := DRILLS[skill](rng)).key):
         pass
     return Conversation(skill, lesson.messages, [], False)
 
 
 def _for_training(rng: random.Random, mix: Mix) -> Conversation:
-    roll = rng.random()
+    roll, varied = rng.random(), rng.random() < mix.varied
     if roll < mix.tools:
-        return conversation(rng, "tools", held_out=False, before=rng.randint(0, 2))
+        return conversation(rng, "tools", held_out=False, before=rng.randint(0, 2), varied=varied)
     if roll < mix.tools + mix.memory:
         length = rng.random()
         filler = 0 if length < 0.5 else rng.randint(10, 120) if length < 0.85 else rng.randint(120, 500)
         if length > 0.97:
             filler = rng.randint(500, 1400)
-        return conversation(rng, "memory", held_out=False, filler_tokens=filler, recalls=mix.recalls)
+        return conversation(rng, "memory", held_out=False, filler_tokens=filler, recalls=mix.recalls, varied=varied)
     (skill,) = rng.choices(list(mix.often), list(mix.often.values()))
     return conversation(rng, skill, held_out=False, before=rng.choice([0, 0, 1, 2, 3, 5, 7]))

@@ -25,6 +25,7 @@ from simple_flashinfer.demo.words import (
     VERBS_PAST,
     a_city,
     a_name,
+    any_word,
     made_up,
 )
 
@@ -243,11 +244,6 @@ def repeat(rng: random.Random, most: int = 8, shares: Sequence[float] = _SHARES)
     return ask(text.format(" ".join(words)), " ".join(words), " ".join(words))
 
 
-def drill(rng: random.Random) -> Exchange:
-    """Long repetition: the densest lesson in copying, on which memory, JSON and tools rest."""
-    return repeat(rng, most=30)
-
-
 def reverse(rng: random.Random, most: int = 6, shares: Sequence[float] = _SHARES) -> Exchange:
     words = _any_words(rng, 2, most, shares)
     text = rng.choice(["Reverse these words: {}", "Reverse the list: {}", "Say backwards: {}", "In reverse order: {}"])
@@ -379,9 +375,11 @@ class _Offer:
     schema: dict[str, Any]
 
 
-def _offer(rng: random.Random, tool: _Tool) -> _Offer:
-    name = rng.choice(tool.names)
+def _offer(rng: random.Random, tool: _Tool, varied: bool) -> _Offer:
+    name = "_".join(rng.sample(NOUNS, 2)) if varied else rng.choice(tool.names)
     arguments = {word: rng.choice(choices) for word, (choices, _) in tool.arguments.items()}
+    if varied:
+        arguments = dict(zip(arguments, rng.sample(NOUNS, len(arguments)), strict=True))
     properties = {argument: {"type": "string"} for argument in arguments.values()}
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     function = {"name": name, "description": rng.choice(tool.descriptions), "parameters": parameters}
@@ -392,16 +390,19 @@ def call_tool(rng: random.Random) -> Exchange:
     return tool_exchanges(rng)[-1]
 
 
-def tool_exchanges(rng: random.Random, rounds: int = 1) -> list[Exchange]:
-    """One or two tools are given; each question needs one of them, whose result is then told."""
-    offers = [_offer(rng, tool) for tool in rng.sample(_TOOLS, rng.choice([1, 2, 2]))]
-    return [_tool_exchange(rng, offers) for _ in range(rounds)]
+def tool_exchanges(rng: random.Random, rounds: int = 1, varied: bool = False) -> list[Exchange]:
+    """One or two tools are given; each question needs one of them, whose result is then told.
+
+    varied: names and values are any words, so that they have to be read.
+    """
+    offers = [_offer(rng, tool, varied) for tool in rng.sample(_TOOLS, rng.choice([1, 2, 2]))]
+    return [_tool_exchange(rng, offers, varied) for _ in range(rounds)]
 
 
-def _tool_exchange(rng: random.Random, offers: list[_Offer]) -> Exchange:
+def _tool_exchange(rng: random.Random, offers: list[_Offer], varied: bool) -> Exchange:
     chosen = rng.choice(offers)
     tool = chosen.tool
-    values = {word: make(rng) for word, (_, make) in tool.arguments.items()}
+    values = {word: any_word(rng) if varied else make(rng) for word, (_, make) in tool.arguments.items()}
     result = tool.result(rng)
     arguments = {chosen.arguments[word]: value for word, value in values.items()}
     messages: list[Message] = [

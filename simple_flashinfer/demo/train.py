@@ -13,20 +13,23 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from simple_flashinfer.demo.corpus import EARLY, EXACT, LATE, Conversation, Mix, conversation, training_conversations
+from simple_flashinfer.demo.corpus import Conversation, conversation, training_conversations
 from simple_flashinfer.demo.skills import SKILLS
 from simple_flashinfer.demo.tokenizer import segments, train_tokenizer
 
 CONTEXT = 2048
-_BATCH_TOKENS = 4096
-_POOL = 1024  # conversations sorted by length together, so that batches need little padding
+_TOKENS = 18_000_000
+_RATE = 4e-3
+_EMBEDDING_NORM = 0.32
+_BATCH_TOKENS = 2048  # at first; twice as many at the end
+_PROMPTS_UNTIL, _PROMPT_WEIGHT = 0.3, 0.05  # at first the loss on what the user writes counts a little: it teaches words
+_POOL = 512  # conversations sorted by length together, so that batches need little padding
 _SHORT = 256
 
 
@@ -42,17 +45,19 @@ def encode(tokenizer: Any, made: Conversation) -> tuple[list[int], list[bool]]:
 
 
 def batches(
-    tokenizer: Any, source: Iterator[Conversation], rng: random.Random, prompt_weight: float = 0.0
+    tokenizer: Any, source: Iterator[Conversation], rng: random.Random, share: Callable[[], float] = lambda: 1.0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of ids and loss weights, [B, T] each, of about _BATCH_TOKENS tokens with padding, which weighs 0, answers 1."""
+    """Pairs of ids and loss weights, [B, T] each; padding weighs 0, answers 1. share: how much of the training is done."""
     while True:
         encoded = [encode(tokenizer, made) for made in itertools.islice(source, _POOL)]
         if not encoded:
             return
         encoded = sorted((pair for pair in encoded if len(pair[0]) <= CONTEXT), key=lambda pair: len(pair[0]))
+        most = int(_BATCH_TOKENS * (1 + share()))
+        prompt_weight = _PROMPT_WEIGHT if share() < _PROMPTS_UNTIL else 0.0
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for pair in encoded:
-            if groups[-1] and (len(groups[-1]) + 1) * len(pair[0]) > _BATCH_TOKENS:
+            if groups[-1] and (len(groups[-1]) + 1) * len(pair[0]) > most:
                 groups.append([])
             groups[-1].append(pair)
         rng.shuffle(groups)
@@ -99,11 +104,31 @@ def make_model(tokenizer: Any) -> Any:
 
 
 @torch.no_grad()
+def spell(model: Any, tokenizer: Any) -> None:
+    """Sets the embeddings to sums of what all tokens share, how each is spelt, and something of its own.
+
+    Spelling makes " apple" and "apple", which is how a list's first word is written, alike before any training, and it is
+    what an alphabetical order rests on. What is shared is for `look_back`; it adds the same to all logits.
+    """
+    weight = model.model.embed_tokens.weight
+    width = weight.shape[1]
+    letters: dict[tuple[int, str], torch.Tensor] = {}
+    spelt = torch.zeros_like(weight)
+    for token, text in enumerate(tokenizer.convert_ids_to_tokens(range(len(weight)))):
+        word = text.removeprefix("Ġ")  # a space
+        marks = [(-1, "space")] * (word != text) + [(-1, "capital")] * (word != word.lower())
+        for place, letter in [*enumerate(word.lower()[:6]), *marks]:
+            spelt[token] += 0.7 ** abs(place) * letters.setdefault((place, letter), torch.randn(width))
+    normalize = torch.nn.functional.normalize
+    shared, own = normalize(torch.randn(1, width)), normalize(torch.randn_like(weight))
+    weight.copy_(_EMBEDDING_NORM * normalize(shared + normalize(spelt) + own))
+
+
+@torch.no_grad()
 def look_back(model: Any, sharpness: float = 10.0) -> None:
     """Sets the first two heads of the first layer to attend one and two tokens back; everything else stays.
 
-    Copying needs a head that tells which token came just before (Olsson et al. 2022). The first two stages made none that is
-    sharp: attention was spread over the last few tokens, and one word in ten was taken from beside its place.
+    Copying needs a head that tells which token came just before (Olsson et al. 2022), and training is slow to make one.
 
     The direction in which all tokens' inputs agree gives queries and keys that are the same at each position, so that rotary
     embedding alone decides: frequency f adds sharpness * f * cos(f * (distance - back)) to a score.
@@ -131,37 +156,21 @@ def make_optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """rate: the peak of the learning rate. prompt_weight: of the loss on what the user writes, where answers weigh 1."""
-
-    tokens: int
-    rate: float
-    mix: Mix
-    prompt_weight: float = 0.0
-
-
-STAGES = (
-    Stage(16_000_000, 4e-3, EARLY, prompt_weight=0.05),  # what the user writes teaches words and repetition
-    Stage(5_000_000, 2e-3, LATE, prompt_weight=0.05),
-    Stage(9_000_000, 1.5e-3, EXACT),
-)
-
-
 def train(
-    model: Any, tokenizer: Any, stage: Stage, device: str, save: Callable[[], None] = lambda: None, seed: int = 1
+    model: Any, tokenizer: Any, device: str, tokens: int = _TOKENS, save: Callable[[], None] = lambda: None, seed: int = 1
 ) -> None:
     """A warm-up and a cosine over the given number of tokens, padding included. Calls `save` every tenth."""
-    optimizers = make_optimizers(model, stage.rate)
-    conversations = training_conversations(seed, stage.mix)
-    source = batches(tokenizer, conversations, random.Random(2), stage.prompt_weight)
-    tokens = stage.tokens
+    optimizers = make_optimizers(model, _RATE)
     done, smooth = 0, 0.0
+
+    def share() -> float:
+        return done / tokens
+
+    source = batches(tokenizer, training_conversations(seed, share), random.Random(2), share)
     with tqdm(total=tokens, unit="token", unit_scale=True, smoothing=0.05) as bar:
         while done < tokens:
             ids, weights = next(source)
-            share = done / tokens
-            rate = stage.rate * min(1.0, (done + ids.numel()) / (0.03 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * share))
+            rate = _RATE * min(1.0, (done + ids.numel()) / (0.02 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * share()))
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = rate
             loss = loss_of(model, ids.to(device), weights.to(device))
@@ -192,32 +201,21 @@ def held_out_loss(model: Any, tokenizer: Any, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--last",
-        type=Path,
-        metavar="FOLDER",
-        help="only the last stage, from the weights and with the tokenizer in this folder",
-    )
     options = parser.parse_args()
-    from transformers import AutoTokenizer
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.last) if options.last else train_tokenizer()
-    model = make_model(tokenizer).to(device)
-    if options.last:
-        model.load_state_dict(type(model).from_pretrained(options.last).state_dict())
+    tokenizer = train_tokenizer()
+    model = make_model(tokenizer)
+    spell(model, tokenizer)
+    look_back(model)
+    model.to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}, on {device}")
 
     def save() -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(options.folder)
         tokenizer.save_pretrained(options.folder)
 
-    for number, stage in enumerate(STAGES, start=1):
-        if number == len(STAGES):
-            look_back(model)
-        if number == len(STAGES) or not options.last:
-            train(model, tokenizer, stage, device, save, seed=number)
+    train(model, tokenizer, device, save=save)
     print(f"held-out loss on answers: {held_out_loss(model, tokenizer, device):.4f}")
     save()
     from simple_flashinfer.demo.evaluate import evaluate, write_card

@@ -79,3 +79,9 @@ def a_name(rng: random.Random) -> str:
 
 def a_city(rng: random.Random) -> str:
     return made_up(rng).capitalize() if rng.random() < 0.15 else rng.choice(CITIES)
+
+
+def any_word(rng: random.Random) -> str:
+    """From any list or none, capitalised or not, or a number."""
+    word = made_up(rng) if rng.random() < 0.5 else rng.choice(NOUNS + JOBS + COLOURS + NAMES + CITIES)
+    return str(rng.randint(0, 9999)) if rng.random() < 0.1 else rng.choice([word, word.capitalize()])
