@@ -2,7 +2,6 @@
 
     python3 -m simple_flashinfer.demo.train OUT_FOLDER
 
-Took 80 + 24 minutes, its first two stages, on two cores with other work beside it, and about 50 minutes, the last, on one.
 Prints the loss on held-out conversations and the scores of `evaluate`, and writes them into the folder's README.md. To serve
 it: --model OUT_FOLDER.
 """
@@ -12,6 +11,7 @@ import copy
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from simple_flashinfer.demo.skills import SKILLS
 from simple_flashinfer.demo.tokenizer import segments, train_tokenizer
 
 CONTEXT = 2048
-_TOKENS = 18_000_000
+_TOKENS = 24_000_000
 _RATE = 4e-3
-_EMBEDDING_NORM = 0.32
+_EMBEDDING_NORM = 3.2  # ten times the usual: smaller ones change too fast for the heads that rest on them
 _BATCH_TOKENS = 2048  # at first; twice as many at the end
 _PROMPTS_UNTIL, _PROMPT_WEIGHT = 0.3, 0.05  # at first the loss on what the user writes counts a little: it teaches words
 _POOL = 512  # conversations sorted by length together, so that batches need little padding
@@ -122,6 +122,7 @@ def spell(model: Any, tokenizer: Any) -> None:
     normalize = torch.nn.functional.normalize
     shared, own = normalize(torch.randn(1, width)), normalize(torch.randn_like(weight))
     weight.copy_(_EMBEDDING_NORM * normalize(shared + normalize(spelt) + own))
+    model.model.norm.weight.fill_(0.32 / _EMBEDDING_NORM)  # the same logits as ever
 
 
 @torch.no_grad()
@@ -146,6 +147,40 @@ def look_back(model: Any, sharpness: float = 10.0) -> None:
         first.self_attn.q_proj.weight[head * size : (head + 1) * size] = torch.outer(query, shared)
 
 
+@torch.no_grad()
+def copy_on(model: Any, sharpness: float = 3.0) -> None:
+    """Sets heads to continue what was there before: where the present token came earlier, they give what came after it.
+
+    Such an induction head needs the first head of `look_back`, whose values and output are set here to write down, in
+    directions of their own, a part of the token before. Two heads of the second layer compare it with the present token and
+    copy what they find. Of the rotary frequencies they use the slow ones: distance means nothing. Other outputs start small.
+    """
+    config, (first, second) = model.config, [layer.self_attn for layer in model.model.layers[:2]]
+    size, per_key = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    embeddings = model.model.embed_tokens.weight
+    shared = embeddings.mean(dim=0, keepdim=True)
+    basis = torch.linalg.qr(torch.cat([shared, torch.randn(config.hidden_size - 1, config.hidden_size)]).T).Q.T[1:]
+    token, before, other = basis[: 3 * size].split(size)
+    slow = (torch.arange(size) % (size // 2) >= size // 5)[:, None]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 0.3
+        layer.mlp.down_proj.weight *= 0.3
+
+    # what is read has a norm of sqrt(hidden_size) in all, what is written should compare with an embedding
+    unit = embeddings.norm(dim=1).mean() / math.sqrt(config.hidden_size)
+    first.v_proj.weight[:size] = (2.5 * unit).sqrt() * token
+    first.o_proj.weight[:, :size] = (2.5 * unit).sqrt() * before.T
+    first.o_proj.weight[:, size : per_key * size] = 0.0
+    second.o_proj.weight.zero_()
+    for group, copied in enumerate((token, other)):  # heads that share keys and values
+        keys = slice(group * size, (group + 1) * size)
+        queries = slice(group * per_key * size, (group * per_key + 1) * size)
+        second.k_proj.weight[keys] = math.sqrt(sharpness) * slow * before
+        second.q_proj.weight[queries] = math.sqrt(sharpness) * slow * token
+        second.v_proj.weight[keys] = (10 * unit).sqrt() * copied
+        second.o_proj.weight[:, queries] = (10 * unit).sqrt() * copied.T
+
+
 def make_optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers (Jordan 2024, steps scaled to AdamW's size), AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
@@ -157,20 +192,29 @@ def make_optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def train(
-    model: Any, tokenizer: Any, device: str, tokens: int = _TOKENS, save: Callable[[], None] = lambda: None, seed: int = 1
+    model: Any,
+    tokenizer: Any,
+    device: str,
+    tokens: int = _TOKENS,
+    minutes: float = math.inf,
+    save: Callable[[], None] = lambda: None,
+    seed: int = 1,
 ) -> None:
-    """A warm-up and a cosine over the given number of tokens, padding included. Calls `save` every tenth."""
+    """A warm-up and a cosine over the given number of tokens, padding included, or minutes if these are over first.
+
+    Calls `save` every tenth.
+    """
     optimizers = make_optimizers(model, _RATE)
-    done, smooth = 0, 0.0
+    done, smooth, saved, start = 0, 0.0, 0, time.monotonic()
 
     def share() -> float:
-        return done / tokens
+        return max(done / tokens, (time.monotonic() - start) / 60 / minutes)
 
     source = batches(tokenizer, training_conversations(seed, share), random.Random(2), share)
     with tqdm(total=tokens, unit="token", unit_scale=True, smoothing=0.05) as bar:
-        while done < tokens:
+        while (now := share()) < 1:
             ids, weights = next(source)
-            rate = _RATE * min(1.0, (done + ids.numel()) / (0.02 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * share()))
+            rate = _RATE * min(1.0, (now + 0.001) / 0.02) * (0.5 + 0.5 * math.cos(math.pi * now))
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = rate
             loss = loss_of(model, ids.to(device), weights.to(device))
@@ -179,9 +223,10 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            if (done + ids.numel()) * 10 // tokens > done * 10 // tokens:
-                save()
             done += ids.numel()
+            if int(10 * now) > saved:
+                saved = int(10 * now)
+                save()
             smooth = loss.item() if not smooth else 0.98 * smooth + 0.02 * loss.item()
             bar.set_postfix(loss=f"{smooth:.3f}", rate=f"{rate:.1e}")
             bar.update(ids.numel())
@@ -201,6 +246,7 @@ def held_out_loss(model: Any, tokenizer: Any, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="train no longer, on fewer tokens if need be")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -208,6 +254,7 @@ def main() -> None:
     model = make_model(tokenizer)
     spell(model, tokenizer)
     look_back(model)
+    copy_on(model)
     model.to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}, on {device}")
 
@@ -215,7 +262,7 @@ def main() -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(options.folder)
         tokenizer.save_pretrained(options.folder)
 
-    train(model, tokenizer, device, save=save)
+    train(model, tokenizer, device, minutes=options.minutes, save=save)
     print(f"held-out loss on answers: {held_out_loss(model, tokenizer, device):.4f}")
     save()
     from simple_flashinfer.demo.evaluate import evaluate, write_card

@@ -8,7 +8,7 @@ from simple_flashinfer.demo.corpus import conversation, training_conversations
 from simple_flashinfer.demo.evaluate import cases, questions
 from simple_flashinfer.demo.skills import DRILLS, SKILLS, is_held_out
 from simple_flashinfer.demo.tokenizer import VOCABULARY, segments, train_tokenizer
-from simple_flashinfer.demo.train import CONTEXT, encode, held_out_loss, look_back, make_model, spell, train
+from simple_flashinfer.demo.train import CONTEXT, copy_on, encode, held_out_loss, look_back, make_model, spell, train
 from simple_flashinfer.demo.words import NOUNS
 
 
@@ -52,6 +52,20 @@ def test_heads_look_one_and_two_tokens_back_before_any_training(tokenizer):
         (attention,) = model(input_ids=torch.tensor([ids]), output_attentions=True).attentions[0]  # [heads, T, T]
     assert attention[0].diagonal(-1).mean() > 0.9
     assert attention[1].diagonal(-2).mean() > 0.9
+
+
+def test_heads_find_what_came_after_the_same_token_before_any_training(tokenizer):
+    torch.manual_seed(0)
+    model = make_model(tokenizer)
+    spell(model, tokenizer)
+    look_back(model)
+    copy_on(model)
+    model.set_attn_implementation("eager")
+    once = torch.randint(3, len(tokenizer), (1, 40))
+    with torch.inference_mode():
+        attention = model(input_ids=torch.cat([once, once], dim=1), output_attentions=True).attentions[1][0]
+    assert attention[0].diagonal(-39).mean() > 0.8
+    assert attention[2].diagonal(-39).mean() > 0.8
 
 
 def test_tokens_that_are_spelt_alike_start_alike(tokenizer):
