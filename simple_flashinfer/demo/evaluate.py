@@ -57,9 +57,8 @@ _CARD = """\
 # The demo model
 
 A Llama of {parameters:.1f} million parameters that comes with simple-flashinfer, so that there is something to talk to on
-any machine, and so that tests have answers that are right or wrong. It was trained on CPU cores in two to three hours, on
-conversations that rules generate: `python3 -m simple_flashinfer.demo.train FOLDER` trains one. It knows nothing of the
-world, and says so.
+any machine, and so that tests have answers that are right or wrong. It was trained on conversations that rules generate, by
+`python3 -m simple_flashinfer.demo.train FOLDER`. It knows nothing of the world, and says so.
 
 Scores on held-out cases. What is asked last (these two numbers, this list of words, this name for this memory, this wording
 of a greeting) is never trained on in that skill; the single words are, and so are the fixed answers. A

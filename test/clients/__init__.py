@@ -3,4 +3,4 @@
 HELLO = "Hello! How can I help you?"
 WEATHER = "What is the weather in Paris?"
 TOLD = "The weather in Paris is cold."
-PERSON = "Extract name and city as JSON: Anna from Paris is 30."
+PERSON = "JSON with name and city: Anna from Paris is 30."
