@@ -117,7 +117,7 @@ def _tabulate_rope(model: nn.Module, dtype: torch.dtype, device: torch.device, n
             except (TypeError, RuntimeError):  # it wants other arguments
                 continue
             table = RotaryTable(cos[0], sin[0])
-            some = random_tensor(torch.float32, device, 1, 7).mul(1e6).long() % num_positions
+            some = _random(torch.float32, device, 1, 7).mul(1e6).long() % num_positions
             # the same for a few positions alone as among all, or they depend on each other (dynamic scaling)
             if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(layer(x, some), table(x, some), strict=True)):
                 setattr(parent, name, table)
@@ -140,10 +140,10 @@ def _replacement(layer: Any, kernels: LayerKernels) -> nn.Module | None:
 
 def _same(layer: nn.Module, replacement: Any, dtype: torch.dtype, device: torch.device) -> bool:
     if not isinstance(replacement, FusedRMSNorm):
-        inputs = [random_tensor(dtype, device, 1, 3, replacement.gate_up_proj.in_features)]
+        inputs = [_random(dtype, device, 1, 3, replacement.gate_up_proj.in_features)]
     else:  # of whole rows, and of some heads among those of a wider matrix
         width = replacement.weight.shape[0]
-        inputs = [random_tensor(dtype, device, 1, 3, width), random_tensor(dtype, device, 1, 3, 5, width)[:, :, 1:4]]
+        inputs = [_random(dtype, device, 1, 3, width), _random(dtype, device, 1, 3, 5, width)[:, :, 1:4]]
     return all(_close(layer(x), replacement(x)) for x in inputs)
 
 
@@ -164,7 +164,7 @@ def _fuse_rope(layer: nn.Module, dtype: torch.dtype, device: torch.device, kerne
             return original(q, k, cos, sin, *args, **options)
         return kernels.rope(q, k, cos, sin)
 
-    q, k, (cos, sin) = (random_tensor(dtype, device, *shape) for shape in ((1, 4, 3, dim), (1, 2, 3, dim), (2, 1, 3, dim)))
+    q, k, (cos, sin) = (_random(dtype, device, *shape) for shape in ((1, 4, 3, dim), (1, 2, 3, dim), (2, 1, 3, dim)))
     if kernels.rope_needs_equal_halves:
         cos, sin = (torch.cat([x[..., : dim // 2]] * 2, -1) for x in (cos, sin))
     try:
@@ -184,7 +184,7 @@ def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     return same and q.stride(-1) == k.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
 
 
-def random_tensor(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+def _random(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)  # not the global one: others count on it
     return torch.randn(*shape, generator=generator).to(device, dtype)
 

@@ -41,11 +41,18 @@ def test_training_learns_something_and_saves(tokenizer):
     assert len(saved) >= 9
 
 
-def test_heads_look_one_and_two_tokens_back_before_any_training(tokenizer):
+def prepared(tokenizer, *steps):
+    """A model as it is before any training, with some of what is set by hand."""
     torch.manual_seed(0)
     model = make_model(tokenizer)
     spell(model, tokenizer)
-    look_back(model)
+    for step in steps:
+        step(model)
+    return model
+
+
+def test_heads_look_one_and_two_tokens_back_before_any_training(tokenizer):
+    model = prepared(tokenizer, look_back)
     model.set_attn_implementation("eager")
     ids = tokenizer.encode(" " + " ".join(random.Random(1).sample(NOUNS, 200)), add_special_tokens=False)
     with torch.inference_mode():
@@ -55,11 +62,7 @@ def test_heads_look_one_and_two_tokens_back_before_any_training(tokenizer):
 
 
 def test_heads_find_what_came_after_the_same_token_before_any_training(tokenizer):
-    torch.manual_seed(0)
-    model = make_model(tokenizer)
-    spell(model, tokenizer)
-    look_back(model)
-    copy_on(model)
+    model = prepared(tokenizer, look_back, copy_on)
     model.set_attn_implementation("eager")
     once = torch.randint(3, len(tokenizer), (1, 40))
     with torch.inference_mode():
@@ -69,9 +72,7 @@ def test_heads_find_what_came_after_the_same_token_before_any_training(tokenizer
 
 
 def test_tokens_that_are_spelt_alike_start_alike(tokenizer):
-    torch.manual_seed(0)
-    model = make_model(tokenizer)
-    spell(model, tokenizer)
+    model = prepared(tokenizer)
 
     def likeness(first, second):
         ids = tokenizer.convert_tokens_to_ids([first, second])
