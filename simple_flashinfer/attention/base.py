@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from simple_flashinfer.kernels.decoder_layers import DecoderParts
+from simple_flashinfer.kernels.decoder_parts import DecoderParts
 from simple_flashinfer.types import Int32Array, SchedulerOutput
 
-# hidden states [1, T, hidden], cos and sin [1, T, head_dim] -> hidden states
-RunLayers = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# hidden states [1, T, hidden], positions int64 [T] -> hidden states
+RunLayers = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class UnsupportedLayerError(ValueError):
@@ -193,8 +193,13 @@ class AttentionBackend(ABC):
         `dtype`; sinks [num_qo_heads]. Returns [T, num_qo_heads, head_dim_vo].
         """
 
-    def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
-        """Whole decoder layers that follow each other, by layer_idx, as one call, where the backend has one."""
+    def decoder_layers(
+        self, parts: Mapping[int, DecoderParts], cos: torch.Tensor, sin: torch.Tensor, exact: bool = False
+    ) -> RunLayers | None:
+        """Whole decoder layers that follow each other, by layer_idx, as one call, where the backend has one.
+
+        cos, sin [positions, head_dim]. exact: to the bit what the same kernels give one after the other, for a trial.
+        """
         return None
 
     @abstractmethod

@@ -11,8 +11,9 @@ import torch
 from simple_flashinfer.attention.base import AttentionLayer, AttentionMetadata, RunLayers
 from simple_flashinfer.attention.sdpa import SdpaBackend
 from simple_flashinfer.kernels.compiler import CompileError
-from simple_flashinfer.kernels.cpu import PAGE_MULTIPLE, Attention, Batch, attention, cpu_kernels, supports
-from simple_flashinfer.kernels.decoder_layers import DecoderLayer, DecoderLayers, DecoderParts
+from simple_flashinfer.kernels.cpu import PAGE_MULTIPLE, Attention, Batch, Linear, attention, cpu_kernels, supports
+from simple_flashinfer.kernels.decoder_layers import DecoderLayer, DecoderLayers
+from simple_flashinfer.kernels.decoder_parts import DecoderParts
 
 
 def _kernel(layer: AttentionLayer, dtype: torch.dtype, page_size: int = 16) -> Attention:
@@ -65,10 +66,16 @@ class CpuBackend(SdpaBackend):
         k, v = self._kernels[layer_idx].unpacked(*(cache[pages] for cache in self._caches[layer_idx]))
         return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
 
-    def decoder_layers(self, parts: Mapping[int, DecoderParts]) -> RunLayers | None:
-        if any(self.layers[index].has_sinks or own.qkv.dtype != self.dtype for index, own in parts.items()):
+    def decoder_layers(
+        self, parts: Mapping[int, DecoderParts], cos: torch.Tensor, sin: torch.Tensor, exact: bool = False
+    ) -> RunLayers | None:
+        """Exact in any case."""
+        linears = [linear for own in parts.values() for linear in own.matmuls]
+        if not all(isinstance(linear, Linear) and linear.dtype == self.dtype for linear in linears):
             return None
-        if len({(self.layers[index].head_dim_qk, own.qkv.in_features) for index, own in parts.items()}) > 1:
+        if any(layer.has_sinks for layer in self.layers.values()):
+            return None
+        if len({(self.layers[index].head_dim_qk, own.input_norm.weight.numel()) for index, own in parts.items()}) > 1:
             return None
         described = [
             DecoderLayer(
@@ -77,5 +84,9 @@ class CpuBackend(SdpaBackend):
             )
             for index, own in parts.items() if (layer := self.layers[index])
         ]  # fmt: skip
-        run = DecoderLayers(described, cpu_kernels(self.dtype))
-        return lambda x, cos, sin: run(x, cos, sin, self._batch)
+        layers = DecoderLayers(described, cpu_kernels(self.dtype))
+
+        def run(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return layers(x, cos.index_select(0, positions)[None], sin.index_select(0, positions)[None], self._batch)
+
+        return run

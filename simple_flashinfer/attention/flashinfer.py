@@ -18,15 +18,18 @@ pinned memory, so that copying them doesn't either. FlashInfer keeps one pinned 
 the next plan waits until the device has copied it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata
+from simple_flashinfer.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata, RunLayers
+from simple_flashinfer.kernels.cuda import CudaDecoderLayer, CudaDecoderLayers, cuda_kernels
+from simple_flashinfer.kernels.decoder_parts import DecoderParts
 from simple_flashinfer.kernels.flashinfer import library
 from simple_flashinfer.types import Int32Array
 
@@ -306,6 +309,17 @@ class FlashInferBackend(AttentionBackend):
         if decodes == 0:
             return self._prefill[kind].run(q, cache)  # type: ignore[no-any-return]
         return torch.cat([self._running_decode[kind].run(q[:decodes], cache), self._prefill[kind].run(q[decodes:], cache)])
+
+    def decoder_layers(
+        self, parts: Mapping[int, DecoderParts], cos: torch.Tensor, sin: torch.Tensor, exact: bool = False
+    ) -> RunLayers | None:
+        if any(own.input_norm.weight.dtype != self.dtype for own in parts.values()):
+            return None
+        layers = [
+            CudaDecoderLayer(own, layer.num_qo_heads, layer.num_kv_heads, layer.head_dim_qk, partial(self.run, index))
+            for index, own in parts.items() if (layer := self.layers[index])
+        ]  # fmt: skip
+        return CudaDecoderLayers(layers, cos, sin, cuda_kernels(), exact)
 
     def gather(self, layer_idx: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self._caches[layer_idx][pages].to(self.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3)

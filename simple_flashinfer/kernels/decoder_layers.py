@@ -1,34 +1,16 @@
-"""Whole decoder layers as one call: decoder_layers.cpp over the kernels of kernels/cpu.py."""
+"""Whole decoder layers as one call on the CPU: decoder_layers.cpp over the kernels of kernels/cpu.py."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from simple_flashinfer.kernels.cpu import EVERYTHING, Attention, Batch, CpuKernels, Linear
+from simple_flashinfer.kernels.decoder_parts import DecoderParts, Matmul, Norm
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class Norm(Protocol):
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderParts:
-    """norm -> q, k and v -> norms of q and k, of a head or of all -> attention -> o; norm -> gate and up -> down."""
-
-    input_norm: Norm
-    qkv: Linear
-    q_norm: Norm | None
-    k_norm: Norm | None
-    o: Linear
-    post_norm: Norm
-    gate_up: Linear
-    down: Linear
 
 
 class _Linear(ctypes.Structure):
@@ -38,7 +20,8 @@ class _Linear(ctypes.Structure):
     )  # fmt: skip
 
     @classmethod
-    def of(cls, linear: Linear) -> "_Linear":
+    def of(cls, linear: Matmul) -> "_Linear":
+        assert isinstance(linear, Linear)  # packed: its backend looked
         return cls(_address(linear.multiply), *linear.pointers, linear.in_features, linear.out_features)
 
 
@@ -64,7 +47,7 @@ class _Layer(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """k_cache, v_cache [num_pages, kv_heads, page_size, head_dim]; window and softcap None: none."""
+    """parts: of packed matmuls. k_cache, v_cache [num_pages, kv_heads, page_size, head_dim]; window, softcap: or None."""
 
     parts: DecoderParts
     attention: Attention
@@ -85,7 +68,7 @@ class DecoderLayer:
         return _Layer(
             *map(_address, functions),
             *map(_Norm.of, (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm)),
-            *map(_Linear.of, (parts.qkv, parts.o, parts.gate_up, parts.down)),
+            *map(_Linear.of, parts.matmuls),
             self.k_cache.data_ptr(), self.v_cache.data_ptr(), self.num_qo_heads, kv_heads, head_dim,
             self.window or EVERYTHING, self.scaling, self.softcap or 0.0,
         )  # fmt: skip
@@ -97,7 +80,7 @@ class DecoderLayers:
     def __init__(self, layers: Sequence[DecoderLayer], kernels: CpuKernels) -> None:
         self._layers = (_Layer * len(layers))(*(layer.described(kernels) for layer in layers))
         self._held = layers  # pointers keep nothing alive
-        (self._hidden,) = {layer.parts.qkv.in_features for layer in layers}
+        (self._hidden,) = {layer.parts.input_norm.weight.numel() for layer in layers}
         (self._head_dim,) = {layer.k_cache.shape[-1] for layer in layers}
         self._dtype = kernels.dtype
         self._run = kernels.decoder_layers_function

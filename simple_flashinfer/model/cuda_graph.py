@@ -92,9 +92,9 @@ class DecodeGraphs:
         self._decode = decode
         self._capture = capture or CudaCapture()
         self._replays: dict[int, Replay] = {}
-        # token id, position and row of each; padding rows are at max_num_seqs, where no request is
+        # token id, position and row; padding rows are at max_num_seqs, where no request is
         self._padding = np.array([0, 0, max_num_seqs])
-        self._inputs = torch.zeros(self.size_of(max_num_seqs), 3, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(3 * self.size_of(max_num_seqs), dtype=torch.int64, device=device)
 
     @staticmethod
     def size_of(num_requests: int) -> int:
@@ -106,14 +106,15 @@ class DecodeGraphs:
         count = len(token_ids)
         size = self.size_of(count)
         self._backend.plan_graph(metadata, size)
+        inputs = np.repeat(self._padding, size)  # all ids, all positions, all rows: each without gaps
+        buffer = self._inputs[: len(inputs)]
         if size not in self._replays:
             logger.debug("Capturing a CUDA graph for %d requests.", size)
             # only padding meanwhile: capturing runs the step, and must not leave tokens behind as drawn
-            self._inputs.copy_(indices(self._padding, self._inputs.device))
-            ids, positions, of_rows = self._inputs[:size].unbind(1)
+            buffer.copy_(indices(inputs, buffer.device))
+            ids, positions, of_rows = buffer.chunk(3)
             self._replays[size] = self._capture(lambda: self._decode(ids, positions, of_rows))
-        inputs = np.tile(self._padding, (size, 1))
-        inputs[:count] = np.stack([token_ids, metadata.positions, rows], axis=1)
-        self._inputs[:size].copy_(indices(inputs, self._inputs.device))
+        inputs.reshape(3, size)[:, :count] = token_ids, metadata.positions, rows
+        buffer.copy_(indices(inputs, buffer.device))
         logits, tokens = self._replays[size]()
         return logits[:count], tokens[:count]

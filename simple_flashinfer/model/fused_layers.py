@@ -70,12 +70,12 @@ class RotaryTable(nn.Module):
         super().__init__()
         self.register_buffer("cos", cos, persistent=False)  # [positions, dim]
         self.register_buffer("sin", sin, persistent=False)
-        self._tables = cos, sin
+        self.tables = cos, sin
         self.has_equal_halves = all(bool(torch.equal(*table.chunk(2, -1))) for table in (cos, sin))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids [1, T] -> cos and sin, each [1, T, dim]"""
-        cos, sin = self._tables
+        cos, sin = self.tables
         return cos.index_select(0, position_ids[0])[None], sin.index_select(0, position_ids[0])[None]
 
 

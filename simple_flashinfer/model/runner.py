@@ -193,16 +193,18 @@ class ModelRunner:
         """ids, positions [T], rows [S] indices into them -> logits [S, vocab_size]"""
         return self._model_logits(ids, indices(positions, self.device), indices(rows, self.device))
 
-    def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _model_logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """rows: None for all."""
         if self._whole is not None:
             return self._whole(ids, positions, rows)
-        output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+        kept = 0 if rows is None else rows  # 0 is transformers' word for all
+        output = self._forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept)
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _decode(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A decode step from tokens to tokens, to be captured: int64 [B] each -> logits [B, V], the likeliest tokens [B]."""
         ids = torch.where(ids < 0, self._drawn[rows], ids)
-        logits = self._model_logits(ids, positions, torch.arange(len(ids), device=self.device))
+        logits = self._model_logits(ids, positions, None)
         tokens = likeliest(logits)
         self._drawn[rows] = tokens.clamp_min(0)
         return logits, tokens

@@ -12,6 +12,9 @@ import types
 import torch
 from torch.nn.functional import silu
 
+from simple_flashinfer.kernels.cuda import cuda_kernels
+from test.attention.recording import kernel
+
 FLOATS = (torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
 
@@ -24,10 +27,12 @@ def install(monkeypatch) -> types.ModuleType:
     module.MultiLevelCascadeAttentionWrapper = MultiLevelCascadeAttentionWrapper
     module.append_paged_kv_cache = append_paged_kv_cache
     module.rmsnorm = rmsnorm
+    module.fused_add_rmsnorm = fused_add_rmsnorm
     module.silu_and_mul = silu_and_mul
     module.apply_rope_with_cos_sin_cache = apply_rope_with_cos_sin_cache
     module.sampling = sampling
     monkeypatch.setitem(sys.modules, "flashinfer", module)
+    cuda_kernels.cache_clear()
     return module
 
 
@@ -67,6 +72,7 @@ def _check_cache(cache: torch.Tensor, page_size: int, heads: int, head_dim: int,
     assert cache.stride(-1) == 1
 
 
+@kernel
 def append_paged_kv_cache(
     append_key,
     append_value,
@@ -99,6 +105,7 @@ def append_paged_kv_cache(
         paged_kv_cache[page, 1, position % page_size] = append_value[i]
 
 
+@kernel
 def rmsnorm(input, weight, eps=1e-6, out=None, enable_pdl=None) -> torch.Tensor:
     assert input.dim() in (2, 3), "rows, or rows of heads"
     assert weight.dim() == 1
@@ -116,6 +123,24 @@ def rmsnorm(input, weight, eps=1e-6, out=None, enable_pdl=None) -> torch.Tensor:
     return out.copy_(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float())
 
 
+@kernel
+def fused_add_rmsnorm(input, residual, weight, eps=1e-6, enable_pdl=None) -> None:
+    """The sum is rounded for the residual, and not for its norm."""
+    assert input.dim() == residual.dim() == 2
+    assert input.shape == residual.shape
+    assert weight.shape == input.shape[1:]
+    assert input.dtype == residual.dtype == weight.dtype
+    assert input.dtype in FLOATS
+    assert input.device == residual.device == weight.device
+    assert isinstance(eps, float)
+    for name, x in (("input", input), ("residual", residual), ("weight", weight)):
+        _check_loads(name, x)
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    input.copy_(total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps) * weight.float())
+
+
+@kernel
 def silu_and_mul(input, out=None, enable_pdl=None) -> torch.Tensor:
     assert input.shape[-1] % 2 == 0
     assert input.dtype in FLOATS
@@ -126,6 +151,7 @@ def silu_and_mul(input, out=None, enable_pdl=None) -> torch.Tensor:
     return result if out is None else out.copy_(result)
 
 
+@kernel
 def apply_rope_with_cos_sin_cache(positions, query, key, head_size, cos_sin_cache, is_neox=True):
     if head_size not in (64, 128, 256, 512):
         raise RuntimeError(f"Unsupported head_dim: {head_size}")
@@ -359,6 +385,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             indices_buffer[: len(indices)].copy_(indices)
             last_buffer.copy_(last_page_len)
 
+    @kernel
     def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
         if self.buffers is not None:  # a replay reads what stands in the buffers then
             indptr, indices, last = self.buffers

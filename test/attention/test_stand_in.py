@@ -7,7 +7,7 @@ import pytest
 from test.attention import fake_flashinfer
 
 NAMES = [
-    "append_paged_kv_cache", "rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache",
+    "append_paged_kv_cache", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache",
     "sampling.top_k_renorm_probs", "sampling.top_p_renorm_probs",
     *(f"{wrapper}.{method}" for wrapper in (
         "BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper", "MultiLevelCascadeAttentionWrapper",

@@ -1,30 +1,58 @@
 """The CUDA path without a card: FlashInfer's backend and decode graphs under a whole engine, over the stand-in."""
 
+import copy
+import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import backend_class
+from simple_flashinfer.kernels.cuda import CudaKernels
 from simple_flashinfer.model.cuda_graph import CudaCapture, DecodeGraphs
+from simple_flashinfer.model.fuse import fuse
+from simple_flashinfer.model.fused_layers import fuse_layers
 from simple_flashinfer.sampling.grammar import GrammarState
 from test.attention import fake_flashinfer
+from test.attention.recording import capture
+from test.conftest import ARCHITECTURES
 from test.model.test_launch import CPU, tokens
 
 
-def flashinfer_llm(monkeypatch, path, backend_options=None, **settings):
-    """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device."""
+def flashinfer_llm(monkeypatch, path, backend_options=None, fused=False, **settings):
+    """An LLM on the FlashInfer backend, over the stand-in, without a CUDA device; fused: with all its kernels."""
     fake_flashinfer.install(monkeypatch)
-    llm = LLM(path, attention_backend="sdpa", **settings)  # another one may take whole decoder layers over
+    llm = LLM(path, attention_backend="sdpa", fuse=False, **settings)
     runner = llm.core.executor
+    if fused:
+        fuse(runner.model)
+        fuse_layers(runner.model, torch.bfloat16, CudaKernels(), llm.info.max_model_len)
     layers = [runner._hook.backend.layers[index] for index in sorted(runner._hook.backend.layers)]
     options = {"num_pages": llm.info.num_pages, "page_size": llm.info.page_size, "dtype": torch.bfloat16, "device": CPU}
     options |= backend_options or {}
-    runner.use_backend(backend_class("flashinfer")(layers, **options))
+    runner.use_backend(backend_class("flashinfer")(layers, **options), fuse=fused)
     return llm
+
+
+@pytest.fixture
+def checkpoint_of(tmp_path, random_model):
+    """An architecture's, with heads of 64, as the kernels need."""
+
+    def save(name):
+        torch.manual_seed(0)
+        config = copy.deepcopy(ARCHITECTURES[name])
+        config.head_dim = 64
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / file).write_bytes((Path(random_model) / file).read_bytes())
+        return str(tmp_path)
+
+    return save
 
 
 @pytest.mark.parametrize("budget", [7, 2048])
@@ -66,24 +94,59 @@ def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_mode
     assert all(were_done)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap):
-    """Recording is left out, everything around it is real: buffers, padding rows, the scratch page, replays."""
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
+def test_decoder_layers_of_fused_kernels(monkeypatch, checkpoint_of, name):
+    """The sum of residual and a layer's output, and its norm, are one kernel where a model's layers are of the common kind."""
+    path = checkpoint_of(name)
+    prompts = [list(range(3, 3 + length)) for length in (1, 17, 60)]
+    expected = tokens(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"), prompts)
+    llm = flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16", fused=True)
+    fake, rows = sys.modules["flashinfer"], []
+    monkeypatch.setattr(
+        fake, "fused_add_rmsnorm", lambda x, *args, add=fake.fused_add_rmsnorm: rows.append(len(x)) or add(x, *args)
+    )
+    got = tokens(llm, prompts)
+    layers = llm.core.executor.model.config.num_hidden_layers
+    common = name not in ("gemma2", "mixtral")
+    assert (llm.core.executor._whole is not None) == common
+    assert rows[: 2 * layers] == ([78] * (2 * layers - 1) + [3] if common else []), "two norms a layer, but for the first"
+    same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
+    assert sum(same) > 0.7 * len(same), "kernels round less than a chain of operators"
+
+
+def test_a_kernel_that_adds_wrongly_is_left_out(monkeypatch, checkpoint_of):
+    fake = fake_flashinfer.install(monkeypatch)
+    add = fake.fused_add_rmsnorm
+    path, prompts = checkpoint_of("llama"), [list(range(3, 60))]
+    expected = tokens(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"), prompts)
+
+    def wrong(x, *args):
+        add(x, *args)
+        x.neg_()
+
+    def fails(x, *args):
+        raise RuntimeError("no kernel image is available")
+
+    for kernel, whole in ((wrong, True), (fails, False)):
+        monkeypatch.setattr(fake_flashinfer, "fused_add_rmsnorm", kernel)
+        llm = flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16", fused=True)
+        assert (llm.core.executor._whole is not None) == whole
+        (got,), (want,) = tokens(llm, prompts), expected
+        assert sum(a == b for a, b in zip(got, want, strict=True)) > 0.7 * len(want)
+
+
+@pytest.mark.parametrize(("overlap", "fused"), [(False, False), (True, False), (True, True)])
+def test_decode_graphs_over_the_stand_in(monkeypatch, random_model, overlap, fused):
+    """The recording is of operators; everything around it is real: buffers, padding rows, the scratch page, replays."""
     prompts = [list(range(3, 3 + length)) for length in (1, 15, 16, 17, 33)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (30, 12, 25, 30, 3)]
-    settings = {"torch_dtype": "bfloat16", "max_sequence": 6}
+    settings = {"torch_dtype": "bfloat16", "max_sequence": 6, "fused": fused}
     expected = tokens(flashinfer_llm(monkeypatch, random_model, **settings), prompts, params)
     llm = flashinfer_llm(monkeypatch, random_model, **settings, overlap=overlap)
     runner, captured = llm.core.executor, []
-
-    def capture(function):
-        captured.append(function)
-        with torch.inference_mode():
-            function()  # to warm up
-        return function
-
+    assert (runner._whole is not None) == fused
     backend = runner._hook.backend
-    runner._graphs = DecodeGraphs(backend, runner._decode, 6, CPU, capture)
+    runner._graphs = DecodeGraphs(backend, runner._decode, 6, CPU, lambda f: captured.append(f) or capture(f))
     scratch = [cache[llm.info.num_pages].fill_(7) for cache in backend._caches.values()]
     assert tokens(llm, prompts, params) == expected
     assert len(captured) == 3, "batches of 5, 4, 3 and 2 requests take the sizes 8, 4 and 2"
