@@ -111,9 +111,11 @@ class ModelRunner:
         self._graphs = DecodeGraphs(self.backend, self._decode, max_num_seqs, self.device)
 
     def compile(self, mode: str) -> None:
-        """Compiles the forward pass; attention stays one opaque operator. Batch sizes are dynamic, so recompiles are few."""
+        """Compiles the forward pass; attention stays one opaque operator."""
+        from simple_flashinfer.model.compile import compile_model  # a second, for torch's compiler
+
         self._hook.opaque = True
-        self._forward = torch.compile(self._model, mode=mode, dynamic=True)
+        self._forward = compile_model(self._model, mode)
 
     @property
     def model(self) -> torch.nn.Module:

@@ -13,7 +13,7 @@ from simple_flashinfer import LLM, SamplingParams
 from simple_flashinfer.attention import AttentionLayer
 from simple_flashinfer.config import Config, ConfigError
 from simple_flashinfer.engine.launch import _attention, _cuda_kernels, _graphs, _uses_graphs, build_engine, warm_up
-from simple_flashinfer.kernels.compiler import CompileError, compiler, library_path
+from simple_flashinfer.kernels.compiler import CompileError, cache_folder, compiler, library_path
 from simple_flashinfer.kernels.cpu import attention, cpu_kernels
 from simple_flashinfer.kernels.cuda import CudaKernels, cuda_kernels
 from simple_flashinfer.model import kv_storage
@@ -249,10 +249,16 @@ def test_profiling_writes_a_bounded_number_of_traces(checkpoint, tmp_path, monke
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
-def test_compiled_the_tokens_are_the_same(checkpoint):
+def test_compiled_the_tokens_are_the_same(monkeypatch, caplog, checkpoint):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     model = checkpoint("llama")
     llm = LLM(model.path, torch_dtype="float32", torch_compile=True, max_num_batched_tokens=60)
-    assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
+    with caplog.at_level("INFO"):
+        assert tokens(llm, model.prompts[2:5]) == model.expected[2:5]
+    told = [record.message for record in caplog.records if "torch.compile" in record.message]
+    assert 2 <= len(told) <= 6, "for one token, for several, and for several of which some are drawn from"
+    assert "took" in told[-1]
+    assert any((cache_folder() / "inductor").iterdir()), "kept for the next start"
 
 
 def test_graphs_that_can_not_be_are_refused():

@@ -96,7 +96,7 @@ def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_mode
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
 def test_decoder_layers_of_fused_kernels(monkeypatch, checkpoint_of, name):
-    """The sum of residual and a layer's output, and its norm, are one kernel where a model's layers are of the common kind."""
+    """The sum of residual and a layer's output and its norm are one kernel, where layers are of the common kind."""
     path = checkpoint_of(name)
     prompts = [list(range(3, 3 + length)) for length in (1, 17, 60)]
     expected = tokens(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"), prompts)
