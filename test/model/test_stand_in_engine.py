@@ -94,31 +94,38 @@ def test_a_step_that_fails_leaves_no_mask_in_the_making(monkeypatch, random_mode
     assert all(were_done)
 
 
+def logprobs(llm):
+    """Of a prompt's tokens, and of the likeliest that would follow it after one more."""
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    (output,) = llm.generate([list(range(3, 63))], params, use_tqdm=False)
+    return torch.tensor([entry.logprob for entry in output.prompt_logprobs + output.logprobs])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
 def test_decoder_layers_of_fused_kernels(monkeypatch, checkpoint_of, name):
     """The sum of residual and a layer's output and its norm are one kernel, where layers are of the common kind."""
     path = checkpoint_of(name)
-    prompts = [list(range(3, 3 + length)) for length in (1, 17, 60)]
-    expected = tokens(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"), prompts)
+    expected = logprobs(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"))
     llm = flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16", fused=True)
     fake, rows = sys.modules["flashinfer"], []
     monkeypatch.setattr(
         fake, "fused_add_rmsnorm", lambda x, *args, add=fake.fused_add_rmsnorm: rows.append(len(x)) or add(x, *args)
     )
-    got = tokens(llm, prompts)
+    got = logprobs(llm)
     layers = llm.core.executor.model.config.num_hidden_layers
     common = name not in ("gemma2", "mixtral")
     assert (llm.core.executor._whole is not None) == common
-    assert rows[: 2 * layers] == ([78] * (2 * layers - 1) + [3] if common else []), "two norms a layer, but for the first"
-    same = [a == b for answer, want in zip(got, expected, strict=True) for a, b in zip(answer, want, strict=True)]
-    assert sum(same) > 0.7 * len(same), "kernels round less than a chain of operators"
+    assert rows == ([60] * (2 * layers - 1) + [1] * (2 * layers - 1) if common else []), (
+        "two norms a layer, but for the first"
+    )
+    assert (got - expected).abs().mean() < 0.05, "kernels round less, which may send a token to another expert"
 
 
 def test_a_kernel_that_adds_wrongly_is_left_out(monkeypatch, checkpoint_of):
     fake = fake_flashinfer.install(monkeypatch)
     add = fake.fused_add_rmsnorm
-    path, prompts = checkpoint_of("llama"), [list(range(3, 60))]
-    expected = tokens(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"), prompts)
+    path = checkpoint_of("llama")
+    expected = logprobs(flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16"))
 
     def wrong(x, *args):
         add(x, *args)
@@ -131,8 +138,7 @@ def test_a_kernel_that_adds_wrongly_is_left_out(monkeypatch, checkpoint_of):
         monkeypatch.setattr(fake_flashinfer, "fused_add_rmsnorm", kernel)
         llm = flashinfer_llm(monkeypatch, path, torch_dtype="bfloat16", fused=True)
         assert (llm.core.executor._whole is not None) == whole
-        (got,), (want,) = tokens(llm, prompts), expected
-        assert sum(a == b for a, b in zip(got, want, strict=True)) > 0.7 * len(want)
+        assert (logprobs(llm) - expected).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize(("overlap", "fused"), [(False, False), (True, False), (True, True)])
