@@ -3,8 +3,10 @@
 import inspect
 
 import pytest
+import torch
 
 from test.attention import fake_flashinfer
+from test.attention.recording import capture
 
 NAMES = [
     "append_paged_kv_cache", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache",
@@ -39,6 +41,24 @@ def test_signatures_are_the_library_s(name):
         assert ours[parameter].default == theirs[parameter].default, parameter
     needed = {n for n, p in theirs.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
     assert needed <= ours.keys()
+
+
+def test_a_recording_does_again_what_was_done_and_not_what_python_did():
+    x, steps = torch.arange(4.0), [2]
+
+    def function():
+        fake_flashinfer.silu_and_mul(x[:2].bfloat16()[None])  # one operation
+        x[3] = steps[0]
+        return x.view(2, 2).sum(1), x[2:]
+
+    replay = capture(function)
+    x[:3] = torch.tensor([10, 20, 30])
+    steps[0] = 5
+    total, rest = replay()
+    assert total.tolist() == [30, 32]
+    assert rest.tolist() == [30, 2]
+    with pytest.raises(AssertionError, match="tells the host a number"):
+        capture(lambda: x.sum().item())
 
 
 def test_every_name_that_stands_in_is_checked(monkeypatch):

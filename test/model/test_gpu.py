@@ -96,6 +96,7 @@ def test_small_layers_are_fused_and_can_be_left_alone(model):
     kinds = {type(module) for module in fused.core.executor.model.modules()}
     assert {FusedMLP, FusedRMSNorm, RotaryTable} <= kinds
     assert all("forward" in vars(layer.self_attn) for layer in fused.core.executor.model.model.layers), "its rope is fused"
+    assert fused.core.executor._whole is not None, "and whole layers are one call"
     del fused
     check(model, fuse=False)
     check(model, fuse=False, cuda_graph=True)
