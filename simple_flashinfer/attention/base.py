@@ -167,6 +167,10 @@ class AttentionBackend(ABC):
         """Of the device, beside the pages, when as many batch sizes are planned by `plan_graph`."""
         return 0
 
+    def warm_up(self) -> None:
+        """Compiles and loads kernels that only some steps use: no request shall wait for that. While the pages are empty."""
+        return
+
     def prefers_eager(self, metadata: AttentionMetadata) -> bool:
         """Whether these decodes are to be planned by `plan` although a CUDA graph could run them."""
         return False

@@ -18,6 +18,7 @@ pinned memory, so that copying them doesn't either. FlashInfer keeps one pinned 
 the next plan waits until the device has copied it.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from simple_flashinfer.kernels.cuda import CudaDecoderLayer, CudaDecoderLayers, 
 from simple_flashinfer.kernels.decoder_parts import DecoderParts
 from simple_flashinfer.kernels.flashinfer import library
 from simple_flashinfer.types import Int32Array
+
+logger = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 256 << 20
 _WRAPPER_BYTES = (8 << 20) + (128 << 10)  # each has buffers of its own for what planning finds out
@@ -154,8 +157,34 @@ class FlashInferBackend(AttentionBackend):
             return "uses attention sinks"
         return None
 
+    def warm_up(self) -> None:
+        if not self._cascades or self.num_pages < 3:
+            return
+        try:
+            # two decodes that share a page: nothing is kept in pages yet
+            length, two = self.page_size + 1, np.arange(2, dtype=np.int32)
+            ones = two * 0 + 1
+            metadata = AttentionMetadata(
+                num_decodes=2, num_shared_pages=1, qo_indptr=np.arange(3, dtype=np.int32),
+                kv_indptr=np.array([0, 2, 4], np.int32), kv_indices=np.array([0, 1, 0, 2], np.int32),
+                kv_last_page_len=ones, kv_lens=ones * length, batch_indices=two, positions=ones * (length - 1),
+            )  # fmt: skip
+            self._plan(metadata, self._cascades)
+            for index in {kind: index for index, kind in self._kinds.items()}.values():
+                layer = self.layers[index]
+                heads = layer.num_qo_heads, layer.num_kv_heads, layer.num_kv_heads
+                q, k, v = (torch.zeros(2, n, layer.head_dim_qk, dtype=self.dtype, device=self.device) for n in heads)
+                self.run(index, q, k, v)
+        except RuntimeError as error:
+            logger.warning("Requests that share a long prompt attend one by one (--cascade false): %s", error)
+            self._cascades.clear()
+
     def plan(self, metadata: AttentionMetadata) -> None:
-        meta, decodes = metadata, metadata.num_decodes
+        self._plan(metadata, self._cascades if self._saved_bytes(metadata) >= _CASCADE_BYTES else {})
+
+    def _plan(self, meta: AttentionMetadata, cascades: dict[_Kind, Any]) -> None:
+        """cascades: of the kinds whose decodes take it."""
+        decodes = meta.num_decodes
         self._await_copies()
         host, device = self._upload(
             meta.batch_indices, meta.positions, meta.kv_indices, meta.kv_indptr, meta.kv_last_page_len,
@@ -167,7 +196,6 @@ class FlashInferBackend(AttentionBackend):
         _, _, _, kv_indptr, last_page_len, qo_indptr, prefill_indptr = host
         indices, split = device[2], int(meta.kv_indptr[decodes])
         if decodes:
-            cascades = self._cascades if self._saved_bytes(meta) >= _CASCADE_BYTES else {}
             simple = {kind: wrapper for kind, wrapper in self._decode.items() if kind not in cascades}
             self._plan_decode(simple, kv_indptr[: decodes + 1], indices[:split], last_page_len[:decodes])
             self._plan_cascade(cascades, meta)

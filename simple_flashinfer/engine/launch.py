@@ -338,6 +338,7 @@ def _make_backend(
     backend = backend_class(name)(
         layers, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device, kv_dtype=kv_dtype, **options
     )
+    backend.warm_up()
     return ComparingBackend(backend) if config.compare_sdpa_prefill else backend
 
 

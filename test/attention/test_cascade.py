@@ -186,3 +186,22 @@ def test_a_plan_waits_for_the_copies_of_the_last_one(make_backend):
     assert calls == ["wait", "plan", "note"]
     backend.plan_graph(metadata, 2)
     assert calls == ["wait", "plan", "note", "wait", "note"], "the graph's wrappers are others"
+
+
+def test_its_kernels_are_compiled_before_there_are_requests(make_backend, monkeypatch, caplog):
+    backend = make_backend([PLAIN, WINDOW, SOFTCAP])
+    planned = []
+    for kind, cascade in backend._cascades.items():
+        monkeypatch.setattr(cascade, "run", lambda *args, kind=kind, run=cascade.run: planned.append(kind) or run(*args))
+    backend.warm_up()
+    assert sorted(kind.softcap for kind in planned) == [0, 3]
+    check(backend, PLAIN, *SHARED["two requests"])
+
+    def fails(*args, **options):
+        raise RuntimeError("nvcc was not found")
+
+    monkeypatch.setattr(next(iter(backend._cascades.values())), "plan", fails)
+    backend.warm_up()
+    assert "nvcc was not found" in caplog.text
+    assert not backend._cascades
+    check(backend, PLAIN, *SHARED["two requests"])
