@@ -210,8 +210,8 @@ class Config:
     )  # fmt: skip
     fuse: bool = _setting(
         True, parse_bool, "speed",
-        "join matmuls of the same input and the small operations between them; on cpu pack weights for small batches and "
-        "run all layers in one call where they are of the common kind; torch_compile does its own instead",
+        "join matmuls of the same input and the small operations between them, and run all layers in one call where they "
+        "are of the common kind; on cpu pack weights for small batches; torch_compile does its own instead",
     )  # fmt: skip
     quantization: str = _setting(
         "none", _choice("none", "int8"), "speed",

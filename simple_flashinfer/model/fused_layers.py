@@ -3,7 +3,7 @@
 Which layers of a model those are is found by what they are called and settled by trying: the replacement takes the layer's
 place only if both give the same for random input. On two cores, one row of 576 bfloat16: norm 2.7 us instead of 17, rotary
 embedding of 12 heads 3 instead of 14, gate of 1,536 3.4 instead of 7. On CUDA FlashInfer's kernels do the same
-(kernels/cuda.py). On the CPU whole layers are then put together from these parts (fused_decoder.py).
+(kernels/cuda.py). Whole layers are then put together from these parts (fused_decoder.py).
 """
 
 import logging
