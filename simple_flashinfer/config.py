@@ -266,8 +266,9 @@ How fast the engine is on this machine without HTTP, and how far that is from wh
 A step must at least read the weights and the K/V of its requests, and do the multiplications of its tokens. The machine's
 memory bandwidth and matmul rate are measured first: the longer of the two times is the limit of a step, and what binds it.
 "of limit" is the limit's share of the time that the step took; where the rest goes stands in the second table. Prompts are
-random tokens, different ones, so that nothing is found in the cache; every answer has its full length. Tokenizer, chat
-template and text are not part of it."""
+random tokens, different ones, so that nothing is found in the cache but what --shared_prefix_length asks for; every answer
+has its full length. Tokenizer, chat template and text are not part of it. Where decode steps replay CUDA graphs, it also
+says how long the GPU idles between them."""
     EPILOG = """\
 examples:
   simple-flashinfer bench                                               the demo model
@@ -285,6 +286,11 @@ Flags may be written with dashes or underscores; nothing else should be running 
     )
     prompt_length: int = _setting(230, _number(int, 1), "bench", "tokens of each prompt")
     output_length: int = _setting(64, _number(int, 2), "bench", "tokens of each answer; the first comes with the prompt")
+    shared_prefix_length: int = _setting(
+        0, _number(int, 0), "bench",
+        "tokens from the start of each prompt that are the same in all, and in the cache before these arrive",
+    )  # fmt: skip
+    temperature: float = _setting(1.0, _number(float, 0, 2), "bench", "of sampling; 0 takes the likeliest token")
     save: str | None = _setting(
         None, _optional_text, "bench", "write everything that was measured into this JSON file", "none"
     )

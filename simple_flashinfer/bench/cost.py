@@ -1,16 +1,18 @@
 """What a step must do at least, whatever the code: bytes to read and write, multiplications to make.
 
-Bytes: every weight once, the K/V of earlier tokens read, that of new tokens written. Of an embedding table only the rows of
-the step's tokens are read; a table that is the output matrix too (tied) counts whole, once. The output matrix is needed
-by steps that draw tokens only. Of a mixture of experts, n tokens are taken to need the share 1 - (1 - k/E)^n of the expert
-weights: k of E for each token, evenly spread. Activations, logits and sampling are left out: they need not leave the caches.
+Bytes: every weight once, the K/V of earlier tokens read (once where requests share it), that of new tokens written. Of an
+embedding table only the rows of the step's tokens are read; a table that is the output matrix too (tied) counts whole, once.
+The output matrix is needed by steps that draw tokens only. Of a mixture of experts, n tokens are taken to need the share
+1 - (1 - k/E)^n of the expert weights: k of E for each token, evenly spread. Activations, logits and sampling are left out:
+they need not leave the caches.
 
 FLOPs: 2 for each weight of a matrix and token (of experts the share k/E), for the output matrix and drawn token, and 2 x
 heads x (head_dim of K + of V) for each pair of a token and one that it attends to.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ class CostModel:
         """The weights are counted as they are kept: joined, packed or quantized ones too."""
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         head = model.get_output_embeddings()  # type: ignore[operator]
-        self.layers = layers
+        self.layers = Counter(replace(layer, layer_idx=0) for layer in layers)  # how many there are of a kind
         self.kv_dtype = kv_dtype
         self.body, self.experts, self.head = Cost(), Cost(), Cost()  # flops: a token's, an expert token's, a drawn token's
         self.embedding_bytes_per_token = 0
@@ -61,11 +63,11 @@ class CostModel:
             "weight_bytes": parts.bytes,
             "flops_per_token": self.body.flops + self.experts.flops * self._expert_share,
             "flops_per_drawn_token": self.head.flops,
-            "kv_bytes_per_token": sum(layer.bytes_per_token(self.kv_dtype) for layer in self.layers),
+            "kv_bytes_per_token": sum(count * layer.bytes_per_token(self.kv_dtype) for layer, count in self.layers.items()),
         }
 
-    def step(self, batch: SchedulerOutput) -> Cost:
-        """Of one step with this batch."""
+    def step(self, batch: SchedulerOutput, num_shared_tokens: int = 0) -> Cost:
+        """Of one step with this batch. num_shared_tokens: at the start of all its requests, with the same K/V."""
         before, after = batch.num_computed_tokens, batch.num_computed_tokens + batch.num_scheduled_tokens
         tokens, drawn = int(batch.num_scheduled_tokens.sum()), int(batch.samples.sum())
         read = 1 - (1 - self._expert_share) ** tokens
@@ -76,11 +78,14 @@ class CostModel:
             + self.embedding_bytes_per_token * tokens,
             (self.body.flops + self.experts.flops * self._expert_share) * tokens + self.head.flops * drawn,
         )
-        for layer in self.layers:
-            earlier = before if layer.sliding_window is None else np.minimum(before, layer.sliding_window - 1)
-            pairs = _pairs(after, layer.sliding_window) - _pairs(before, layer.sliding_window)
-            cost.bytes += (int(earlier.sum()) + tokens) * layer.bytes_per_token(self.kv_dtype)
-            cost.flops += 2 * layer.num_qo_heads * (layer.head_dim_qk + layer.head_dim_vo) * int(pairs.sum())
+        shared = np.minimum(before, num_shared_tokens)
+        again = int(shared.sum() - shared.max())
+        for layer, count in self.layers.items():
+            window = layer.sliding_window  # in which each request sees other parts of what is shared
+            earlier = int(before.sum()) - again if window is None else int(np.minimum(before, window - 1).sum())
+            pairs = int((_pairs(after, window) - _pairs(before, window)).sum())
+            cost.bytes += count * (earlier + tokens) * layer.bytes_per_token(self.kv_dtype)
+            cost.flops += count * 2 * layer.num_qo_heads * (layer.head_dim_qk + layer.head_dim_vo) * pairs
         return cost
 
 

@@ -36,6 +36,7 @@ class Phase:
     bound_by: str
     tokens_per_second: float
     share_of_limit: float
+    device_idle: float | None  # share of a GPU's time between steps that replay CUDA graphs; None where none do
 
     @classmethod
     def of(cls, steps: Sequence[Step], tokens: int, machine: Machine) -> "Phase":
@@ -43,6 +44,7 @@ class Phase:
         limit = sum(max(step.cost.bytes / machine.bandwidth, step.cost.flops / machine.matmul_rate) for step in steps)
         parts = {part: sum(step.seconds[part] for step in steps) for part in PARTS}
         seconds = sum(parts.values())
+        on_device = [(step.idle, step.busy) for step in steps if step.idle is not None and step.busy is not None]
         return cls(
             num_steps=len(steps),
             tokens=tokens,
@@ -54,6 +56,7 @@ class Phase:
             bound_by=MEMORY if bytes_ / machine.bandwidth >= flops / machine.matmul_rate else COMPUTE,
             tokens_per_second=tokens / seconds,
             share_of_limit=limit / seconds,
+            device_idle=sum(idle for idle, _ in on_device) / sum(map(sum, on_device)) if on_device else None,
         )
 
 
@@ -102,13 +105,14 @@ class Report:
     def _head(self) -> list[str]:
         config, machine, model = self.config, self.machine, self.model
         versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+        shared = f", the first {config.shared_prefix_length} the same in all" * bool(config.shared_prefix_length)
         return [
             f"machine   {machine.device}; cores: {machine.num_cores}, threads: {machine.num_threads}; {versions}",
             f"limits    {si(machine.bandwidth)}B/s of memory, {si(machine.matmul_rate)}FLOP/s in {machine.matmul_dtype}, "
             "as measured",
             f"model     {config.model} ({model['class']}): {si(model['weight_bytes'])}B of weights, "
             f"{si(model['kv_bytes_per_token'])}B of K/V a token, on {model['device']}",
-            f"requests  {config.prompt_length} tokens of prompt, {config.output_length} of answer, all at once",
+            f"requests  {config.prompt_length} tokens of prompt{shared}, {config.output_length} of answer, all at once",
         ]
 
     def _tables(self) -> list[str]:
@@ -149,6 +153,8 @@ def what_holds_back(result: Result) -> str:
     rest = decode.seconds - decode.limit_seconds
     worst = max(beyond, key=lambda part: beyond[part])
     text = f"Decode at {_plural(result.batch_size)}: {_percent(decode.share_of_limit)} of what {decode.bound_by} allows."
+    if decode.device_idle is not None:
+        text += f" Between steps the GPU idles {_percent(decode.device_idle)} of the time."
     if rest <= 0:
         return text
     amount = "Most" if beyond[worst] > rest / 2 else "The largest part"

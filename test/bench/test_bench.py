@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from simple_flashinfer.config import BenchConfig, Config, ConfigError, load_sett
 from simple_flashinfer.demo import DEMO_FOLDER
 from simple_flashinfer.engine.launch import build_engine
 from simple_flashinfer.kernels.compiler import compiler
+from simple_flashinfer.model.cuda_graph import DecodeGraphs
 from simple_flashinfer.types import RequestTable, SchedulerOutput
 
 PROMPT, OUTPUT = 20, 6
@@ -227,6 +229,62 @@ def test_prompts_in_chunks_between_decodes(engine):
     assert config.output_length > watched(*engine).warm_up_length(3) > result.prefill.num_steps
 
 
+@pytest.mark.parametrize("shared", [10, 32, 39])
+def test_prompts_that_begin_alike_compute_the_rest(monkeypatch, shared):
+    config = BenchConfig(max_sequence=4, prompt_length=40, output_length=5, shared_prefix_length=shared, temperature=0)
+    core, info = build_engine(config, str(DEMO_FOLDER))
+    cached, asked, apply = shared // 16 * 16, [], core.apply
+    monkeypatch.setattr(core, "apply", lambda commands: asked.extend(commands) or apply(commands))
+    steps, tokens = zip(*watched(config, core, info).run(3, 5), strict=True)
+    assert sum(tokens) == 3 * 5
+    assert [step.prompt_tokens for step in steps] == [3 * (40 - cached), 0, 0, 0, 0]
+    assert {add.request.params.temperature for add in asked} == {0}
+    own = steps[1].cost.bytes + 2 * cached * KV_BYTES  # as if each read all of its context
+    assert own == pytest.approx(watched(config, core, info)._watch._costs.step(batch((40, 1), (40, 1), (40, 1))).bytes)
+
+
+class Tick:
+    """An event of a device on which each takes one millisecond."""
+
+    now = itertools.count()
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = next(Tick.now)
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_how_long_a_device_idles_between_graphs(monkeypatch, overlap):
+    config = BenchConfig(max_sequence=4, prompt_length=PROMPT, output_length=OUTPUT, batch_sizes=(2,), temperature=0)
+    core, info = build_engine(config, str(DEMO_FOLDER))
+    runner, backend = core.executor, core.executor.backend
+    monkeypatch.setattr(torch.cuda, "Event", Tick)
+    monkeypatch.setattr(backend, "plan_graph", lambda metadata, size: backend.plan(metadata))
+    runner._graphs = DecodeGraphs(backend, runner._decode, 4, torch.device("cpu"), capture=lambda function: function)
+    runner._overlap, core._most_in_flight = overlap, int(overlap)  # as on CUDA: no thread of its own
+    steps = []
+    for step, _ in watched(config, core, info).run(2, OUTPUT):
+        steps.append(step)
+        time.sleep(0.02)
+    assert [step.prompt_tokens for step in steps] == [2 * PROMPT, *[0] * (OUTPUT - 1)]
+    assert [step.busy for step in steps] == [None, *[1e-3] * (OUTPUT - 1)]
+    assert [step.idle for step in steps] == [None, None, *[1e-3] * (OUTPUT - 2)], "before the first graph was a prompt"
+    if overlap:
+        assert all(sum(step.seconds.values()) >= 0.02 for step in steps[1:]), "the device went on meanwhile"
+    result = Result.of(2, 2 * OUTPUT, steps, Machine("", 1, 1, 1e9, 1e9, "bfloat16", 0, {}))
+    assert result.decode.device_idle == 0.5
+    assert result.prefill.device_idle is None
+    assert "Between steps the GPU idles 50% of the time." in what_holds_back(result)
+
+
 def test_a_step_that_fails_is_told(monkeypatch):
     core, info = build_engine(Config(max_sequence=2), str(DEMO_FOLDER))
     workload = watched(BenchConfig(prompt_length=4, batch_sizes=(2,)), core, info)
@@ -245,6 +303,8 @@ def test_a_step_that_fails_is_told(monkeypatch):
         ({"prompt_length": 3000}, "--prompt_length 3000 and --output_length 12 are more than the context of 2048"),
         ({"prompt_length": 2036, "batch_sizes": (5,)}, "--batch_sizes 5: .* --kv_cache_memory"),
         ({"prompt_length": 80}, "--batch_sizes 3: .* raise --output_length"),
+        ({"shared_prefix_length": PROMPT}, "--shared_prefix_length 20 must be less than --prompt_length 20"),
+        ({"shared_prefix_length": 9, "prefix_caching": False}, "--shared_prefix_length needs --prefix_caching true"),
     ],
 )
 def test_batches_that_could_not_run_name_the_flag(engine, changes, words):
