@@ -37,8 +37,8 @@ test-gpu: ## tests that need a CUDA device, with the Python that has torch for C
 bench: $(STAMP) ## measure the daemon on this machine (4 minutes): benchmark/results/cpu, pics/latency.png, pics/throughput.png
 	@$(BIN)/python -m benchmark.standard $(ARGS)
 
-bench-gpu: ## the same with larger models on CUDA, with the Python that has torch for CUDA, flashinfer and the extra bench
-	@$(PYTHON) -m benchmark.standard --device cuda --plot pics/cuda $(ARGS)
+bench-gpu: ## what is promised of a GPU (8 minutes), with the Python that has torch for CUDA, flashinfer and the extra bench
+	@$(PYTHON) -m benchmark.promised $(ARGS)
 
 bench-peers: $(STAMP) ## measure it beside vLLM, transformers serve and llama.cpp (installs them into .bench), fill README.md's table
 	@$(BIN)/python -m benchmark.peers.run $(ARGS)

@@ -200,7 +200,8 @@ def running(server: Server, envs: Path, model: Path, clients: int, log: Path) ->
         port = free.getsockname()[1]
     start = Start(envs / server.name, model, port, clients)
     server.prepare(start)
-    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    left_out = _NOT_INHERITED - ({"PYTHONPATH"} if server.name == "ours" else set())  # it runs with this Python
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     variables = {**inherited, "HF_HUB_OFFLINE": "1", **server.variables(start)}
     if server.name != "ours":
         variables["PATH"] = f"{start.bin}{os.pathsep}{variables['PATH']}"

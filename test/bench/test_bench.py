@@ -396,3 +396,4 @@ def test_on_cuda(tmp_path, checkpoint):
         for saved in json.loads(path.read_text())["results"]:
             assert min(saved["decode"]["seconds_by_part"].values()) > 0
             assert 0 < saved["decode"]["share_of_limit"] < 2
+            assert 0 <= saved["decode"]["device_idle"] < 1

@@ -29,14 +29,6 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 """
 
 
-@pytest.fixture(scope="module")
-def envs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all that a measurement makes, with the model "tiny" in it."""
-    folder = tmp_path_factory.mktemp("bench")
-    models.build("tiny", folder / "models" / "tiny")
-    return folder
-
-
 def session(leader: int) -> list[int]:
     return [pid for pid in psutil.pids() if pid != os.getpid() and _session_of(pid) == leader]
 
