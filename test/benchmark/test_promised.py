@@ -4,12 +4,18 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from benchmark import promised
-from benchmark.parts import SIZES
+from benchmark.parts import PARTS, SIZES
 from benchmark.promised import ROOT, Row, cascades, doubts, pays_from, rows, table
+from simple_flashinfer.attention import flashinfer
+from simple_flashinfer.model.cuda_graph import DecodeGraphs
+from test.bench.test_bench import Tick
+from test.model.test_stand_in_engine import flashinfer_llm
 
 TINY = SIZES["cpu"]
 MIB = 1 << 20
@@ -148,3 +154,38 @@ def test_from_how_much_that_is_shared_a_cascade_pays(gains, expected):
 
 def test_doubts_of_the_load_generator_are_passed_on():
     assert doubts(TINY, FIGURES) == ["served 4: late"]
+
+
+def test_ways_of_decoding_over_the_stand_in(monkeypatch, envs):
+    """What a GPU's part does beyond the CPU's, without one: each length is decoded in graphs, without, and in cascades."""
+    small = replace(TINY, prefixes=(32, 64))
+    llm = flashinfer_llm(monkeypatch, str(envs / "models" / "tiny"), max_sequence=4)
+    runner = llm.core.executor
+    backend, cpu, used = runner.backend, torch.device("cpu"), []
+    runner._graphs = DecodeGraphs(backend, runner._decode, 4, cpu, capture=lambda function: function)
+    runner._overlap, llm.core._most_in_flight = True, 1
+
+    def note(way, plan, first, *rest):
+        used.extend([way] * bool(first))  # a cascade of nothing is none
+        plan(first, *rest)
+
+    for way, method in (("graph", "plan_graph"), ("cascade", "_plan_cascade")):
+        monkeypatch.setattr(backend, method, partial(note, way, getattr(backend, method)))
+    monkeypatch.setattr(torch.cuda, "Event", Tick)
+    monkeypatch.setitem(SIZES, "cuda", small)
+    monkeypatch.setattr("simple_flashinfer.bench.engine.build_engine", lambda config, path: (llm.core, llm.info))
+    monkeypatch.setattr("simple_flashinfer.bench.engine.resolve_device", lambda config: cpu)
+    for name in ("_CASCADE_BYTES", "_CASCADE_INSTEAD_OF_GRAPH_BYTES"):  # put back when all is over
+        monkeypatch.setattr(flashinfer, name, getattr(flashinfer, name))
+    figures, seen = {}, {}
+    for name, figure in PARTS["engine"](envs / "models" / "tiny", "cuda", envs):
+        figures.setdefault(name, []).append(figure)
+        seen[name] = set(used)
+        used.clear()
+    for shared in small.prefixes:
+        assert seen[f"flat {shared}"] == {"graph"}
+        assert seen[f"flat without graphs {shared}"] == set()
+        assert seen[f"cascade {shared}"] == {"cascade"}
+    assert all(row.measured > 0 for row in rows(small, figures) if row.parts == ("engine",))
+    assert figures["decode 4"][0]["decode"]["device_idle"] == 0.5
+    assert len(cascades(small, figures)) == 2
