@@ -148,9 +148,12 @@ PARTS = {"engine": _engine, "served": _served, "transformers": _transformers}
 def main(part: str, model: str, device: str, folder: str) -> None:
     stop_servers_when_terminated()
     envs, found = Path(folder), dict[str, list[Any]]()
+    file = envs / "promised" / f"{model}-{part}.json"
     for name, figure in PARTS[part](envs / "models" / model, device, envs):
         found.setdefault(name, []).append(figure)
-        (envs / "promised" / f"{model}-{part}.json").write_text(json.dumps(found))
+        unfinished = file.with_suffix(".unfinished")  # this process may be stopped at any time
+        unfinished.write_text(json.dumps(found))
+        unfinished.replace(file)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
     gpu = _gpu() if options.device == "cuda" else {}
     result: dict[str, Any] = {**report.context(), "commit": options.commit, "gpu": gpu, "versions": versions}
     result |= {"sizes": asdict(sizes), "models": {}, "notes": {}}
-    found = []
+    path, found = options.save / "promised.json", []
     for model in options.models or sizes.models:
         figures: Figures = {}
         errors: Errors = {}
@@ -205,11 +205,11 @@ def run(options: argparse.Namespace) -> int:
             figures |= own
             end = time.monotonic()
             about[part] = {"command": command, "seconds": end - start, "error": error, "figures": own}
+            path.write_text(json.dumps(result, indent=1) + "\n")  # whatever comes after
             print(f"{end - began:4.0f} s  {model}, {part}: {error or 'done'}", flush=True)
         result["notes"][model] = [*cascades(sizes, figures), *doubts(sizes, figures)]
         found.append((model, rows(sizes, figures), errors))
     result["table"] = [{"model": model, **asdict(row), "reached": row.reached} for model, own, _ in found for row in own]
-    path = options.save / "promised.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     notes = [f"{model}: {line}" for model, lines in result["notes"].items() for line in lines]
     print(f"all of it in {path}", *notes, "", table(found), sep="\n")
