@@ -71,8 +71,12 @@ def _engine(folder: Path, device: str, envs: Path) -> Iterator[tuple[str, Any]]:
         lengths = {"prompt_length": prompt, "output_length": output, "shared_prefix_length": shared}
         workload = engine.workload(replace(config, **lengths, batch_sizes=(requests,)))
         engine.measure(workload, requests, workload.warm_up_length(requests))
+        own = prompt - shared // config.page_size * config.page_size
         for _ in range(repeats):
-            yield name, asdict(engine.measure(workload, requests, output))
+            result = engine.measure(workload, requests, output)
+            if result.prefill.tokens != requests * own:
+                raise RuntimeError(f"{name}: {requests * own} tokens were to be computed, not {result.prefill.tokens}")
+            yield name, asdict(result)
 
     for streams in sizes.streams:
         yield from runs(f"decode {streams}", streams, sizes.context - sizes.decode_steps // 2, sizes.decode_steps)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from simple_flashinfer.bench.cost import CostModel
 from simple_flashinfer.bench.machine import describe, measure_bandwidth
 from simple_flashinfer.bench.report import Result
@@ -24,12 +26,13 @@ class WatchedEngine:
         model, self.backend = self.core.executor.model, self.core.executor.backend
         costs = CostModel(model, list(self.backend.layers.values()), self.backend.kv_dtype)
         self._watch = StepWatch(self.core, costs)
+        self._rng = np.random.default_rng(config.seed)
         self.machine = describe(device, next(model.parameters()).dtype, bandwidth)
         self.model = costs.describe() | {"class": type(model).__name__, "device": device.type}
 
     def workload(self, config: BenchConfig) -> Workload:
         """Other lengths than at the start may be asked for. Raises ConfigError, with the flag to change."""
-        return Workload(config, self.core, self._info, self._watch)
+        return Workload(config, self.core, self._info, self._watch, self._rng)
 
     def measure(
         self, workload: Workload, batch_size: int, output_length: int, on_tokens: Callable[[int], object] = lambda n: None

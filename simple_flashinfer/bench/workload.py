@@ -156,12 +156,21 @@ def _event() -> Any:
 class Workload:
     """Requests of one length, each with a prompt of its own, or a part of one, that all arrive at once."""
 
-    def __init__(self, config: BenchConfig, core: EngineCore, info: EngineInfo, watch: StepWatch) -> None:
-        """Raises ConfigError, with the flag to change, when a batch could not run as one."""
+    def __init__(
+        self,
+        config: BenchConfig,
+        core: EngineCore,
+        info: EngineInfo,
+        watch: StepWatch,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """rng: one for all workloads of an engine, or their prompts are the same and found in its cache; None makes one of
+        the seed. Raises ConfigError, with the flag to change, when a batch could not run as one.
+        """
         self._config, self._core, self._watch = config, core, watch
         self._vocab_size = info.vocab_size
         self._requests = RequestFactory(info, config.seed)
-        self._rng = np.random.default_rng(config.seed)
+        self._rng = rng or np.random.default_rng(config.seed)
         self._prefix = self._tokens(config.shared_prefix_length)
         self._num_shared_pages = config.shared_prefix_length // info.page_size  # a page that is not full is not kept
         self._num_own = config.prompt_length - self._num_shared_pages * info.page_size

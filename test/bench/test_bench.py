@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from simple_flashinfer.attention import AttentionLayer
 from simple_flashinfer.bench.cost import Cost, CostModel, _pairs
+from simple_flashinfer.bench.engine import WatchedEngine
 from simple_flashinfer.bench.machine import Machine
 from simple_flashinfer.bench.report import COMPUTE, MEMORY, Phase, Report, Result, what_holds_back
 from simple_flashinfer.bench.workload import PARTS, Step, StepWatch, Workload
@@ -241,6 +242,14 @@ def test_prompts_that_begin_alike_compute_the_rest(monkeypatch, shared):
     assert {add.request.params.temperature for add in asked} == {0}
     own = steps[1].cost.bytes + 2 * cached * KV_BYTES  # as if each read all of its context
     assert own == pytest.approx(watched(config, core, info)._watch._costs.step(batch((40, 1), (40, 1), (40, 1))).bytes)
+
+
+def test_workloads_of_one_engine_have_prompts_of_their_own():
+    config = BenchConfig(max_sequence=4, output_length=2, batch_sizes=(2,))
+    engine = WatchedEngine(config)
+    for length in (40, 80, 40, 20):
+        result = engine.measure(engine.workload(replace(config, prompt_length=length)), 2, 2)
+        assert result.prefill.tokens == 2 * length, "none of them found in the cache"
 
 
 class Tick:
