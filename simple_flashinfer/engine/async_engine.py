@@ -1,6 +1,6 @@
 """The engine as an async iterator: what the HTTP layer sees of it.
 
-Each request has an asyncio queue of its own that the engine's messages are dealt into, once a step. Whoever stops
+Each request has an inbox of its own that the engine's messages are dealt into, once a step. Whoever stops
 iterating, for whatever reason, aborts the request: a client that leaves frees its pages within one step.
 """
 
@@ -28,6 +28,30 @@ class QueueFullError(RuntimeError):
     """As many requests wait as may."""
 
 
+class _Inbox:
+    """What has come for one request and was not taken yet."""
+
+    def __init__(self) -> None:
+        self._outputs: list[EngineOutput] = []
+        self._some = asyncio.Event()
+
+    def put(self, output: EngineOutput) -> None:
+        self._outputs.append(output)
+        self._some.set()
+
+    def fail(self, output: EngineOutput) -> None:
+        """Puts it, unless the answer is complete."""
+        if not self._outputs or self._outputs[-1].finish_reason is None:
+            self.put(output)
+
+    async def take(self) -> list[EngineOutput]:
+        """All of it; waits for at least one."""
+        await self._some.wait()
+        outputs, self._outputs = self._outputs, []
+        self._some.clear()
+        return outputs
+
+
 class AsyncEngine:
     """Lives in one event loop. `stats` is what the engine last told."""
 
@@ -37,7 +61,7 @@ class AsyncEngine:
         self.failure: str | None = None  # why the engine is dead
         self._channel = channel
         self._max_requests = max_requests
-        self._queues: dict[str, asyncio.Queue[EngineOutput]] = {}
+        self._inboxes: dict[str, _Inbox] = {}
 
     def start(self) -> None:
         """Call in the event loop."""
@@ -47,41 +71,39 @@ class AsyncEngine:
         """Raises EngineDeadError or QueueFullError when so many more requests would be refused."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        if len(self._queues) + num_requests > self._max_requests:
-            raise QueueFullError(f"{len(self._queues)} requests are running or waiting already")
+        if len(self._inboxes) + num_requests > self._max_requests:
+            raise QueueFullError(f"{len(self._inboxes)} requests are running or waiting already")
 
     @contextmanager
     def places(self, requests: Sequence[EngineRequest]) -> Iterator[None]:
         """Takes a place for each until its answer is complete, or for none: then it raises as `check_ready` does."""
         self.check_ready(len(requests))
-        taken = {request.request_id: asyncio.Queue[EngineOutput]() for request in requests}
-        self._queues |= taken
+        taken = {request.request_id: _Inbox() for request in requests}
+        self._inboxes |= taken
         try:
             yield
         finally:
             for request_id in taken:
-                self._queues.pop(request_id, None)
+                self._inboxes.pop(request_id, None)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineOutput], None]:
         """All that has come since the last time, at least one output; the last one has a finish reason.
 
         Within `places` of the request only.
         """
-        outputs = self._queues[request.request_id]
+        inbox = self._inboxes[request.request_id]
         self._channel.send(Add(request))
         finished = False
         try:
             while True:
-                ready = [await outputs.get()]
-                while ready[-1].finish_reason is None and not outputs.empty():
-                    ready.append(outputs.get_nowait())
+                ready = await inbox.take()
                 reason = ready[-1].finish_reason
                 finished = reason not in (None, FinishReason.ERROR)  # after fail_all the engine still works on it
                 yield ready
                 if reason is not None:
                     return
         finally:
-            del self._queues[request.request_id]
+            del self._inboxes[request.request_id]
             if not finished:
                 self._channel.send(Abort(request.request_id))
 
@@ -92,13 +114,13 @@ class AsyncEngine:
             return
         self.stats = message.stats
         for output in message.outputs:
-            if (waiting := self._queues.get(output.request_id)) is not None:  # None: its client left
-                waiting.put_nowait(output)
+            if (inbox := self._inboxes.get(output.request_id)) is not None:  # None: its client left
+                inbox.put(output)
 
     def fail_all(self, message: str) -> None:
         """Ends every request with an error."""
-        for request_id, outputs in self._queues.items():
-            outputs.put_nowait(EngineOutput(request_id, (), FinishReason.ERROR, message))
+        for request_id, inbox in self._inboxes.items():
+            inbox.fail(EngineOutput(request_id, (), FinishReason.ERROR, message))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._channel.close)

@@ -30,11 +30,13 @@ class Output:
     Attributes:
         in_reasoning: whether more text would be reasoning.
         ended: the one call that there may be is complete; what follows it is left out.
+        settled: neither will change any more.
     """
 
     def __init__(self, make_id: Callable[[], str], *, single_call: bool = False) -> None:
         self.in_reasoning = False
         self.ended = False
+        self.settled = False
         self._make_id = make_id
         self._single_call = single_call
         self._content: list[str] = []

@@ -102,6 +102,7 @@ class MarkupParser:
         starts_in_reasoning: bool,
         single_call: bool,
     ) -> None:
+        self._single_call = single_call
         self._source = Source()
         self.out = Output(tool_format.make_id if tool_format else openai_id, single_call=single_call)
         self.out.in_reasoning = tags is not None and starts_in_reasoning
@@ -123,6 +124,7 @@ class MarkupParser:
         content = self.out.content if tool_format else self.out.plain
         if tags:
             yield from self._read_reasoning(*tags, starts_in_reasoning, content)
+        self.out.settled = not self._single_call
         if tool_format:
             yield from read_content(self._source, self.out, tool_format, schemas)
         else:
