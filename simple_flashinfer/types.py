@@ -260,15 +260,21 @@ class StepResult(Protocol):
 
 @dataclass(slots=True)
 class EngineOutput:
-    """What one step gave one request. Exactly one output of each request has a finish reason, and it is the last."""
+    """What one or more steps gave one request. Exactly one output of each has a finish reason, and it is the last."""
 
     request_id: str
-    token_ids: Sequence[int]
+    token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None  # with FinishReason.ERROR: what went wrong, for the client
     num_cached_tokens: int | None = None  # with the first token: how many of the prompt's were in the cache
-    logprobs: TokenLogprobs | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token: of all the prompt's tokens but the first
+
+    def join(self, later: "EngineOutput") -> None:
+        """Takes in the same request's next output."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason, self.error = later.finish_reason, later.error
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class EngineCore:
             elif isinstance(command, Abort):
                 waited = self._preparing.pop(command.request_id, None) is not None
                 if self.scheduler.abort(command.request_id) or waited:
-                    self._outputs.append(EngineOutput(command.request_id, (), FinishReason.ABORT))
+                    self._outputs.append(EngineOutput(command.request_id, [], FinishReason.ABORT))
             elif isinstance(command, Stop):
                 self.stopped = True
 
@@ -162,4 +162,4 @@ class EngineCore:
             self._fail(request_ids[0], f"The engine failed on this request: {type(error).__name__}")
 
     def _fail(self, request_id: str, message: str) -> None:
-        self._outputs.append(EngineOutput(request_id, (), FinishReason.ERROR, message))
+        self._outputs.append(EngineOutput(request_id, [], FinishReason.ERROR, message))

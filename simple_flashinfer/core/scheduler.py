@@ -197,7 +197,7 @@ class Scheduler:
 
         by_row = self._by_row
         outputs = [
-            EngineOutput(by_row[row].spec.request_id, (token,))
+            EngineOutput(by_row[row].spec.request_id, [token])
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
         for index in first.tolist():
@@ -207,7 +207,7 @@ class Scheduler:
             if request.spec.params.prompt_logprobs is not None:
                 outputs[index].prompt_logprobs = request.prompt_logprobs
         for index, logprobs in result.logprobs.items():
-            outputs[index].logprobs = logprobs
+            outputs[index].logprobs = (logprobs,)
         if done.any():
             for index in np.flatnonzero(done).tolist():
                 outputs[index].finish_reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH

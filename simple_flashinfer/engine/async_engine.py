@@ -29,27 +29,26 @@ class QueueFullError(RuntimeError):
 
 
 class _Inbox:
-    """What has come for one request and was not taken yet."""
+    """What has come for one request and was not taken yet. After the final output nothing more is taken in."""
 
     def __init__(self) -> None:
-        self._outputs: list[EngineOutput] = []
-        self._some = asyncio.Event()
+        self._output: EngineOutput | None = None
+        self._filled = asyncio.Event()
 
     def put(self, output: EngineOutput) -> None:
-        self._outputs.append(output)
-        self._some.set()
+        if self._output is None:
+            self._output = output
+            self._filled.set()
+        elif self._output.finish_reason is None:
+            self._output.join(output)
 
-    def fail(self, output: EngineOutput) -> None:
-        """Puts it, unless the answer is complete."""
-        if not self._outputs or self._outputs[-1].finish_reason is None:
-            self.put(output)
-
-    async def take(self) -> list[EngineOutput]:
-        """All of it; waits for at least one."""
-        await self._some.wait()
-        outputs, self._outputs = self._outputs, []
-        self._some.clear()
-        return outputs
+    async def take(self) -> EngineOutput:
+        """All of it, as one; waits until there is something."""
+        await self._filled.wait()
+        output, self._output = self._output, None
+        self._filled.clear()
+        assert output is not None
+        return output
 
 
 class AsyncEngine:
@@ -86,8 +85,8 @@ class AsyncEngine:
             for request_id in taken:
                 self._inboxes.pop(request_id, None)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineOutput], None]:
-        """All that has come since the last time, at least one output; the last one has a finish reason.
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """All that has come since the last time; the last output has a finish reason.
 
         Within `places` of the request only.
         """
@@ -96,10 +95,10 @@ class AsyncEngine:
         finished = False
         try:
             while True:
-                ready = await inbox.take()
-                reason = ready[-1].finish_reason
+                output = await inbox.take()
+                reason = output.finish_reason
                 finished = reason not in (None, FinishReason.ERROR)  # after fail_all the engine still works on it
-                yield ready
+                yield output
                 if reason is not None:
                     return
         finally:
@@ -120,7 +119,7 @@ class AsyncEngine:
     def fail_all(self, message: str) -> None:
         """Ends every request with an error."""
         for request_id, inbox in self._inboxes.items():
-            inbox.fail(EngineOutput(request_id, (), FinishReason.ERROR, message))
+            inbox.put(EngineOutput(request_id, [], FinishReason.ERROR, message))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._channel.close)

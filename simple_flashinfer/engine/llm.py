@@ -101,8 +101,7 @@ class LLM:
             delta = unfinished.detokenizer.push(step_output.token_ids, reason)
             output.text += delta.text
             output.token_ids += step_output.token_ids
-            if step_output.logprobs is not None:
-                output.logprobs.append(step_output.logprobs)
+            output.logprobs += step_output.logprobs
             output.prompt_logprobs = step_output.prompt_logprobs or output.prompt_logprobs
             output.num_cached_tokens = step_output.num_cached_tokens or output.num_cached_tokens
             output.finish_reason, output.error = delta.finish_reason, step_output.error

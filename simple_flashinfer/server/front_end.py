@@ -6,6 +6,7 @@ among the sockets. All that they have in common is the store of responses, which
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -89,6 +90,7 @@ def serve_http(
         )
     )
     on_ready()
+    gc.freeze()  # or each full collection walks through all that was imported, and every client waits for 0.3 s
     server.run(sockets=[listener])
 
 

@@ -36,7 +36,7 @@ def connect(request):
 
 async def collect(engine, request):
     with engine.places([request]):
-        outputs = [output async for step in engine.generate(request) for output in step]
+        outputs = [output async for output in engine.generate(request)]
     assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
     return [token for output in outputs for token in output.token_ids], outputs[-1].finish_reason
 
@@ -79,7 +79,7 @@ async def test_a_full_engine_refuses(connect):
         await collect(engine, make_request("b", [1]))
     request = make_request("f", [1], 2)
     with engine.places([request]):
-        assert [output async for step in engine.generate(request) for output in step]
+        assert [output async for output in engine.generate(request)]
         assert (await collect(engine, make_request("g", [1], 2)))[1] is FinishReason.LENGTH, "who is done leaves its place"
     together = [make_request(name, [1]) for name in "cd"]
     with pytest.raises(QueueFullError), engine.places(together):

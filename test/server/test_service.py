@@ -18,13 +18,12 @@ def tokenizer(random_model):
 
 
 async def pieces_of(tokenizer, text, size, **more):
-    """With so many of the engine's outputs at a time, as to a client that is slow."""
-    outputs = [EngineOutput("0", (token,)) for token in tokenizer.encode(text)]
-    outputs[-1].finish_reason = FinishReason.LENGTH
+    """With so many of the engine's tokens at a time, as to a client that is slow."""
+    ids = tokenizer.encode(text)
 
     async def generate(request):
-        for at in range(0, len(outputs), size):
-            yield outputs[at : at + size]
+        for at in range(0, len(ids), size):
+            yield EngineOutput("0", ids[at : at + size], FinishReason.LENGTH if at + size >= len(ids) else None)
 
     service = Service(None, SimpleNamespace(generate=generate), tokenizer, None)
     parser, shown = tokenizer.output_parser("", TOOLS, **more)
