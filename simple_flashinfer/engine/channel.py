@@ -2,21 +2,23 @@
 
 Two implementations that AsyncEngine can't tell apart. ThreadChannel costs one call_soon_threadsafe a step. ProcessChannel
 gives the engine an interpreter lock and a crash domain of its own over a duplex pipe of the standard library: an engine has
-few front ends, all on the same machine, so a message library would add a dependency and nothing else. Both sides
-of the pipe read in a thread or loop that does nothing else, so neither a large prompt nor a slow step blocks the other.
+few front ends, all on the same machine, so a message library would add a dependency and nothing else. Neither side
+waits for the other: a front end writes in a thread, and what it has no room for stays with the engine until it reads on.
 """
 
 import asyncio
 import contextlib
 import logging
 import queue
+import select
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Protocol
 
-from simple_flashinfer.types import Abort, Add, Command, EngineOutput, StepOutputs, Stop
+from simple_flashinfer.types import Abort, Add, Command, EngineOutput, EngineStats, StepOutputs, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +111,14 @@ class ProcessChannel:
         self._connection = connection
         self._wait_for_exit = wait_for_exit
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._outbox = _Outbox()
-        self.start = self._outbox.start
         self._closing = False
-        self._writer, reader = (
-            threading.Thread(target=target, name=f"engine-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._write, self._read)
-        )
+        self._readable = _poll(connection, select.POLLIN)
+        self._writer = threading.Thread(target=self._write, name="engine-write", daemon=True)
         self._writer.start()
-        reader.start()
+
+    def start(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[Message], None]) -> None:
+        # in the event loop itself: a thread that reads would wait for the interpreter lock when the loop is busy
+        loop.add_reader(self._connection.fileno(), self._read, loop, on_message)
 
     def send(self, command: Command) -> None:
         self._inbox.put(command)
@@ -137,13 +138,20 @@ class ProcessChannel:
                 if any(isinstance(command, Stop) for command in commands):
                     return
 
-    def _read(self) -> None:
+    def _read(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[Message], None]) -> None:
         try:
-            while True:
-                self._outbox.post(self._connection.recv())
+            while self._readable.poll(0):
+                on_message(self._connection.recv())
         except (EOFError, OSError):
+            loop.remove_reader(self._connection.fileno())
             if not self._closing:
-                self._outbox.post(EngineFailure("the engine process ended unexpectedly"))
+                on_message(EngineFailure("the engine process ended unexpectedly"))
+
+
+def _poll(connection: Connection, events: int) -> "select.poll":
+    poll = select.poll()
+    poll.register(connection, events)
+    return poll
 
 
 class ProcessEngineEnd:
@@ -153,45 +161,112 @@ class ProcessEngineEnd:
     """
 
     def __init__(self, connections: Sequence[Connection]) -> None:
-        self._connections = list(connections)
-        self._of_request: dict[str, Connection] = {}
+        self._pipes = {connection.fileno(): _Pipe(connection) for connection in connections}
+        self._of_request: dict[str, _Pipe] = {}
+        self._poll = select.poll()
+        for number in self._pipes:
+            self._poll.register(number, select.POLLIN)
 
     def recv(self, block: bool) -> list[Command]:
         commands: list[Command] = []
-        while self._connections:
-            ready = wait(self._connections, None if block and not commands else 0)
+        while self._pipes:
+            ready = self._poll.poll(None if block and not commands else 0)
             if not ready:
                 return commands
-            for connection in ready:
-                commands += self._read(connection)  # type: ignore[arg-type]
+            for number, events in ready:
+                if events & select.POLLOUT and self._pipes[number].flush():
+                    self._poll.modify(number, select.POLLIN)
+                if events & ~select.POLLOUT:
+                    commands += self._read(number)
         return [*commands, Stop()]
 
-    def _read(self, connection: Connection) -> list[Command]:
+    def _read(self, number: int) -> list[Command]:
+        pipe = self._pipes[number]
         try:
-            commands: list[Command] = connection.recv()
+            commands: list[Command] = pipe.connection.recv()
         except (EOFError, OSError):
             logger.warning("A process that served HTTP is gone; its requests end.")
             commands = [Stop()]
         for command in commands:
             if isinstance(command, Add):
-                self._of_request[command.request.request_id] = connection
+                self._of_request[command.request.request_id] = pipe
         if commands and isinstance(commands[-1], Stop):
-            self._connections.remove(connection)
-            left = [request_id for request_id, theirs in self._of_request.items() if theirs is connection]
+            self._poll.unregister(number)
+            del self._pipes[number]
+            left = [request_id for request_id, theirs in self._of_request.items() if theirs is pipe]
             return [*commands[:-1], *map(Abort, left)]
         return commands
 
     def send(self, message: Message) -> None:
         if isinstance(message, EngineFailure):
-            messages: dict[Connection, Message] = dict.fromkeys(self._connections, message)
-        else:
-            outputs: dict[Connection, list[EngineOutput]] = {connection: [] for connection in self._connections}
+            for pipe in self._pipes.values():
+                pipe.send_last(message)
+            return
+        outputs: dict[_Pipe, list[EngineOutput]] = {pipe: [] for pipe in self._pipes.values()}
+        for output in message.outputs:
+            pipe = self._of_request[output.request_id]
+            if output.finish_reason is not None:
+                del self._of_request[output.request_id]
+            if pipe in outputs:  # or it is gone
+                outputs[pipe].append(output)
+        for number, pipe in self._pipes.items():
+            if not pipe.send(StepOutputs(outputs[pipe], message.stats)):
+                self._poll.modify(number, select.POLLIN | select.POLLOUT)
+
+
+_MOST_KEPT_TOGETHER = 4096  # tokens in a message of kept outputs: it must fit into a pipe that takes more
+
+
+class _Pipe:
+    """To one front end. While it takes no more, because nobody reads it, outputs are kept here: the others must not wait.
+
+    Only a single output that is larger than what fits into a pipe, which logprobs of a long prompt may be, waits for its
+    reader.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._writable = _poll(connection, select.POLLOUT)  # for a socket of the system: it is empty by three quarters
+        self._kept: deque[EngineOutput] = deque()
+        self._last: dict[str, EngineOutput] = {}  # of those kept, by request
+        self._stats = EngineStats()
+
+    def send(self, message: StepOutputs) -> bool:
+        """Whether nothing is kept."""
+        self._stats = message.stats
+        if self._kept or not self._writable.poll(0):
             for output in message.outputs:
-                connection = self._of_request[output.request_id]
-                if output.finish_reason is not None:
-                    del self._of_request[output.request_id]
-                outputs.setdefault(connection, []).append(output)
-            messages = {connection: StepOutputs(theirs, message.stats) for connection, theirs in outputs.items()}
-        for connection, theirs in messages.items():
-            with contextlib.suppress(OSError):  # it is gone, which `recv` will see
-                connection.send(theirs)
+                self._keep(output)
+        else:
+            self._write(message)
+        return not self._kept
+
+    def _keep(self, output: EngineOutput) -> None:
+        last = self._last.get(output.request_id)
+        if last is not None and len(last.token_ids) < _MOST_KEPT_TOGETHER:
+            last.join(output)
+        else:
+            self._kept.append(output)
+            self._last[output.request_id] = output
+
+    def flush(self) -> bool:
+        """Sends what is kept as far as it can; whether that was all."""
+        while self._kept and self._writable.poll(0):
+            outputs, num_tokens = list[EngineOutput](), 0
+            while self._kept and num_tokens < _MOST_KEPT_TOGETHER:
+                outputs.append(self._kept.popleft())
+                num_tokens += len(outputs[-1].token_ids)
+            for output in outputs:
+                if self._last[output.request_id] is output:
+                    del self._last[output.request_id]
+            self._write(StepOutputs(outputs, self._stats))
+        return not self._kept
+
+    def send_last(self, failure: EngineFailure) -> None:
+        """To a front end that does not read, the end of the pipe must say it."""
+        if self.flush() and self._writable.poll(0):
+            self._write(failure)
+
+    def _write(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is gone, which `recv` will see
+            self.connection.send(message)
