@@ -3,7 +3,6 @@
 Sizes in the comments: R scheduled requests, T scheduled tokens, S sampled tokens, all of one step.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol

@@ -95,21 +95,33 @@ class Detokenizer:
     def _step(self, tokens: Sequence[int]) -> str:
         """What tokens add to the text; nothing while it ends in an unfinished character."""
         shown = [token for token in tokens if token not in self._hidden]
-        if not shown:
-            return ""
-        ids = self._ids + shown
+        if len(shown) > 1 and (together := self._step_together(shown)) is not None:
+            return together
+        return "".join([self._step_one(token) for token in shown])
+
+    def _step_one(self, token: int) -> str:
+        ids = [*self._ids, token]
         text: str = self._decode(ids, skip_special_tokens=False)
-        if "\ufffd" in text:
-            if len(shown) > 1:  # how much of it is unfinished, or none, shows token by token
-                return "".join([self._step((token,)) for token in shown])
-            if text.endswith("\ufffd") and len(ids) - self._read < _LONGEST_CHARACTER:
-                self._ids = ids
-                return ""
+        if text.endswith("\ufffd") and len(ids) - self._read < _LONGEST_CHARACTER:
+            self._ids = ids
+            return ""
         piece = text[len(self._before) :]
         if piece:  # a window must not begin with a token that is no text: what follows would lose its space
             ids = ids[self._read :]
             self._before = self._decode(ids, skip_special_tokens=False)
         self._ids, self._read = ids, len(ids)
+        return piece
+
+    def _step_together(self, tokens: list[int]) -> str | None:
+        """None where one by one they may add something else: unfinished or wrong characters, or a last one without text."""
+        ids = self._ids + tokens
+        text: str = self._decode(ids, skip_special_tokens=False)
+        without_last: str = self._decode(ids[:-1], skip_special_tokens=False)
+        if "\ufffd" in text or without_last.endswith("\ufffd") or without_last == text:
+            return None
+        piece = text[len(self._before) :]
+        self._ids, self._read = ids[-1:], 1
+        self._before = self._decode(self._ids, skip_special_tokens=False)
         return piece
 
     def _rest(self) -> str:

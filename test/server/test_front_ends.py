@@ -61,7 +61,7 @@ async def stream(client, url, seed, opened):
 
 
 async def with_streams(daemon, act):
-    """What each of many streams gave, with `act` called when all of them run."""
+    """What each of many streams gave, with `act` called with their tasks when all of them run."""
     async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         opened = [asyncio.Event() for _ in range(STREAMS)]
         tasks = [
@@ -70,20 +70,43 @@ async def with_streams(daemon, act):
         ]
         for event in opened:
             await event.wait()
-        act()
+        await act(tasks)
         return await asyncio.gather(*tasks)
 
 
-def test_connections_are_dealt_out_and_answers_are_the_same(shared, daemon):
-    serving = []
+def serving_children(daemon):
+    """Those that serve a connection; not the first process, and not the engine."""
+    return [p for p in processes(daemon)[1:] if connections(p, psutil.CONN_ESTABLISHED)]
 
-    def look():
-        serving.extend(p for p in processes(shared) if connections(p, psutil.CONN_ESTABLISHED))
 
-    together = asyncio.run(with_streams(shared, look))
-    assert len(serving) == 2
+@pytest.fixture(scope="module")
+def together(shared):
+    async def look(tasks):
+        assert len(serving_children(shared)) == 1, "and the first process"
+        assert connections(processes(shared)[0], psutil.CONN_ESTABLISHED)
+
+    return asyncio.run(with_streams(shared, look))
+
+
+def test_connections_are_dealt_out_and_answers_are_the_same(shared, together, daemon):
     alone = [daemon.post("/v1/completions", body(seed, max_tokens=400)).json()["choices"][0]["text"] for seed in (0, 11, 23)]
     assert [together[seed] for seed in (0, 11, 23)] == alone
+    shared.wait_until_idle()
+
+
+def test_one_that_is_stopped_holds_up_only_its_own_answers(shared, together):
+    async def stop_one(tasks):
+        (victim,) = serving_children(shared)
+        victim.suspend()
+        try:
+            others = STREAMS - len(connections(victim, psutil.CONN_ESTABLISHED))
+            async with asyncio.timeout(20):
+                while sum(task.done() for task in tasks) < others:
+                    await asyncio.sleep(0.01)
+        finally:
+            victim.resume()
+
+    assert asyncio.run(with_streams(shared, stop_one)) == together
     shared.wait_until_idle()
 
 
@@ -108,10 +131,8 @@ def test_one_that_dies_takes_only_its_own_requests_along(random_model):
     with Daemon("--model", random_model, *FLAGS) as daemon:
         wait_for_listeners(daemon)
 
-        def kill_one():
-            # not the first, and not the engine
-            victim = next(p for p in processes(daemon)[1:] if connections(p, psutil.CONN_ESTABLISHED))
-            victim.kill()
+        async def kill_one(tasks):
+            serving_children(daemon)[0].kill()
 
         texts = asyncio.run(with_streams(daemon, kill_one))
         assert any(text is None for text in texts)

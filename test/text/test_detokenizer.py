@@ -108,6 +108,19 @@ def test_any_tokens_in_any_pieces(name, ids, sizes):
 
 @settings(deadline=None, max_examples=300)
 @given(
+    name=st.sampled_from(sorted(TOKENIZERS)),
+    ids=st.lists(st.one_of(st.integers(0, 280), st.sampled_from([0xE6 + 3, 0x97 + 3, 0xA5 + 3])), max_size=60),
+    sizes=st.lists(st.integers(1, 40), max_size=6),
+)
+def test_tokens_that_come_together_give_what_they_give_one_by_one(name, ids, sizes):
+    """Wrong bytes included, of which there is more than one way to make text."""
+    together, alone = (stream(TOKENIZERS[name], ids, cut) for cut in (sizes, [1] * len(ids)))
+    assert "".join(delta.text for delta in together) == "".join(delta.text for delta in alone)
+    assert sum(delta.num_tokens for delta in together) == len(ids)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
     words=st.lists(st.sampled_from(["ab", "a", "b", "abc", " ", "c", "é", "日"]), max_size=20),
     stop=st.lists(st.sampled_from(["abc", "bca", "a a", "cc", "日é", "aab"]), max_size=3),
     sizes=st.lists(st.integers(0, 4)),

@@ -1,0 +1,89 @@
+"""The engine's side of the pipes."""
+
+import multiprocessing
+import threading
+
+import pytest
+
+from simple_flashinfer.engine.channel import EngineFailure, ProcessEngineEnd
+from simple_flashinfer.types import Abort, Add, EngineOutput, EngineStats, FinishReason, StepOutputs
+from test.core.simulation import make_request
+
+STEPS, REQUESTS = 300, 64  # a pipe takes 213 kB; these are 15 kB a front end and step
+
+
+@pytest.fixture
+def pipes():
+    ours, theirs = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    end = ProcessEngineEnd(theirs)
+    for name, connection in zip("ab", ours, strict=True):
+        connection.send([Add(make_request(f"{name}{number}", [1])) for number in range(REQUESTS)])
+    assert len(end.recv(block=False)) == 2 * REQUESTS
+    yield end, *ours
+    for connection in (*ours, *theirs):
+        connection.close()
+
+
+def step(number):
+    reason = FinishReason.LENGTH if number == STEPS - 1 else None
+    return StepOutputs(
+        [EngineOutput(f"{name}{i}", [number], reason) for name in "ab" for i in range(REQUESTS)],
+        EngineStats(num_steps=number),
+    )
+
+
+def read(connection, answers):
+    """What has come, into token ids and finish reasons by request."""
+    while connection.poll():
+        for output in connection.recv().outputs:
+            tokens, reasons = answers.setdefault(output.request_id, ([], []))
+            tokens += output.token_ids
+            reasons.append(output.finish_reason)
+
+
+def test_a_front_end_that_does_not_read_holds_up_nobody(pipes):
+    end, slow, quick = pipes
+    answers, late = {}, {}
+    for number in range(STEPS):
+        end.send(step(number))
+        assert end.recv(block=False) == []
+        read(quick, answers)
+    whole = list(range(STEPS))
+    assert len(answers) == REQUESTS
+    assert all(
+        tokens == whole and reasons == [None] * (STEPS - 1) + [FinishReason.LENGTH] for tokens, reasons in answers.values()
+    )
+    read(slow, late)
+    assert all(len(tokens) < STEPS for tokens, _ in late.values()), "the pipe was full"
+    while any(tokens != whole for tokens, _ in late.values()):
+        assert end.recv(block=False) == []
+        assert slow.poll(), "what was kept comes as soon as there is room"
+        read(slow, late)
+    assert len(late) == REQUESTS
+    assert all(reasons[-1] and not any(reasons[:-1]) for _, reasons in late.values())
+    assert all(len(reasons) < STEPS for _, reasons in late.values()), "joined"
+
+
+def test_an_idle_engine_sends_what_it_kept(pipes):
+    end, slow, quick = pipes
+    for number in range(STEPS):
+        end.send(step(number))
+        read(quick, {})
+    late, commands = {}, []
+    idle = threading.Thread(target=lambda: commands.extend(end.recv(block=True)), daemon=True)
+    idle.start()
+    while not late or any(len(tokens) < STEPS for tokens, _ in late.values()):
+        assert slow.poll(5)
+        read(slow, late)
+    quick.send([Abort("b0")])
+    idle.join(5)
+    assert commands == [Abort("b0")]
+
+
+def test_a_failure_is_told_to_who_reads(pipes):
+    end, slow, quick = pipes
+    for number in range(STEPS):
+        end.send(step(number))
+        read(quick, {})
+    end.send(EngineFailure("lost"))
+    assert quick.recv() == EngineFailure("lost")
