@@ -275,6 +275,13 @@ class EngineOutput:
         self.logprobs += later.logprobs
         self.finish_reason, self.error = later.finish_reason, later.error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Less than half of the time and the bytes that pickle takes by itself: each step has one for every request."""
+        return EngineOutput, (
+            self.request_id, self.token_ids, self.finish_reason, self.error,
+            self.num_cached_tokens, self.logprobs, self.prompt_logprobs,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:

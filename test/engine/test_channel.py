@@ -1,15 +1,16 @@
 """The engine's side of the pipes."""
 
 import multiprocessing
+import pickle
 import threading
 
 import pytest
 
 from simple_flashinfer.engine.channel import EngineFailure, ProcessEngineEnd
-from simple_flashinfer.types import Abort, Add, EngineOutput, EngineStats, FinishReason, StepOutputs
+from simple_flashinfer.types import Abort, Add, EngineOutput, EngineStats, FinishReason, StepOutputs, TokenLogprobs
 from test.core.simulation import make_request
 
-STEPS, REQUESTS = 300, 64  # a pipe takes 213 kB; these are 15 kB a front end and step
+STEPS, REQUESTS = 300, 64  # a pipe takes 213 kB; these are 3 kB a front end and step
 
 
 @pytest.fixture
@@ -81,9 +82,15 @@ def test_an_idle_engine_sends_what_it_kept(pipes):
 
 
 def test_a_failure_is_told_to_who_reads(pipes):
-    end, slow, quick = pipes
+    end, _, quick = pipes
     for number in range(STEPS):
         end.send(step(number))
         read(quick, {})
     end.send(EngineFailure("lost"))
     assert quick.recv() == EngineFailure("lost")
+
+
+def test_an_output_crosses_whole():
+    logprobs = TokenLogprobs(7, -0.5, 2, ((8, -0.25),))
+    output = EngineOutput("a", [7], FinishReason.ERROR, "why", 3, (logprobs,), [logprobs])
+    assert pickle.loads(pickle.dumps(output)) == output
