@@ -101,7 +101,7 @@ def test_one_that_is_stopped_holds_up_only_its_own_answers(shared, together):
         try:
             others = STREAMS - len(connections(victim, psutil.CONN_ESTABLISHED))
             async with asyncio.timeout(20):
-                while sum(task.done() for task in tasks) < others:
+                while sum(task.done() for task in tasks) < others:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         finally:
             victim.resume()
