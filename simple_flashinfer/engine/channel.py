@@ -215,13 +215,13 @@ class ProcessEngineEnd:
 
 
 _MOST_KEPT_TOGETHER = 4096  # tokens in a message of kept outputs: it must fit into a pipe that takes more
+_LOGPROBS_WEIGHT = 64  # of one token, in tokens: 20 likeliest ones take some 300 bytes
 
 
 class _Pipe:
     """To one front end. While it takes no more, because nobody reads it, outputs are kept here: the others must not wait.
 
-    Only a single output that is larger than what fits into a pipe, which logprobs of a long prompt may be, waits for its
-    reader.
+    Only what doesn't fit into an empty pipe at once, as logprobs of a long prompt may not, still waits for its reader.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -243,7 +243,7 @@ class _Pipe:
 
     def _keep(self, output: EngineOutput) -> None:
         last = self._last.get(output.request_id)
-        if last is not None and len(last.token_ids) < _MOST_KEPT_TOGETHER:
+        if last is not None and _weight(last) < _MOST_KEPT_TOGETHER:
             last.join(output)
         else:
             self._kept.append(output)
@@ -252,10 +252,10 @@ class _Pipe:
     def flush(self) -> bool:
         """Sends what is kept as far as it can; whether that was all."""
         while self._kept and self._writable.poll(0):
-            outputs, num_tokens = list[EngineOutput](), 0
-            while self._kept and num_tokens < _MOST_KEPT_TOGETHER:
+            outputs, weight = list[EngineOutput](), 0
+            while self._kept and weight < _MOST_KEPT_TOGETHER:
                 outputs.append(self._kept.popleft())
-                num_tokens += len(outputs[-1].token_ids)
+                weight += _weight(outputs[-1])
             for output in outputs:
                 if self._last[output.request_id] is output:
                     del self._last[output.request_id]
@@ -270,3 +270,7 @@ class _Pipe:
     def _write(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # it is gone, which `recv` will see
             self.connection.send(message)
+
+
+def _weight(output: EngineOutput) -> int:
+    return len(output.token_ids) + _LOGPROBS_WEIGHT * len(output.logprobs)

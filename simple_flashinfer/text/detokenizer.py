@@ -3,8 +3,9 @@
 The pieces of a text, put together, are the text that decoding all its tokens at once gives (but for bytes that are no
 UTF-8, which decoders mark in more than one way). What a token adds depends on the
 tokens before it (spaces, unfinished characters), so a short window of tokens is decoded with the new one and without
-it, and the difference is the piece. (tokenizers' DecodeStream does the same, but raises when byte-fallback tokens turn out
-to be no UTF-8, which a model may produce at any time.)
+it, and the difference is the piece. Tokens that come together are decoded together where that gives the same.
+(tokenizers' DecodeStream does this too, a token at a time, but raises when byte-fallback tokens turn out to be no UTF-8,
+which a model may produce at any time.)
 """
 
 from collections.abc import Container, Sequence
