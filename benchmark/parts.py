@@ -5,8 +5,7 @@
 After each measurement it writes all there are into FOLDER/promised/MODEL-PART.json, in case that it fails later.
 
 engine        steps of the engine, as `simple-flashinfer bench` times them: decodes, prefill, and the requests that go to the
-              daemon; then decodes of requests that share a long beginning: read for each, in CUDA graphs and without them,
-              and in a cascade, once for all
+              daemon; then decodes of requests that share a long beginning: read for each, and in a cascade, once for all
 served        output tokens a second over HTTP, all clients beginning at once
 transformers  the same by transformers' continuous batching, offline: without HTTP, which is in its favour
 """
@@ -24,9 +23,7 @@ from benchmark.target import Target, TargetError
 from benchmark.workload import Workload, conversations
 
 _LONG_ENOUGH = 10  # seconds after which nothing is repeated
-_NEVER = 1 << 62
-# thresholds in bytes: for a cascade, and for one instead of a CUDA graph
-_WAYS = {"flat": (_NEVER, _NEVER), "flat without graphs": (_NEVER, 0), "cascade": (1, 1)}
+_WAYS = {"flat": 1 << 62, "cascade": 1}  # threshold of cascades in bytes
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,10 @@ def _engine(folder: Path, device: str, envs: Path) -> Iterator[tuple[str, Any]]:
 
     layers = engine.backend.layers.values()
     yield "bytes a token and layer", max(layer.bytes_per_token(engine.backend.kv_dtype) for layer in layers)
-    yield "thresholds", [flashinfer._CASCADE_BYTES, flashinfer._CASCADE_INSTEAD_OF_GRAPH_BYTES]
+    yield "threshold", flashinfer._CASCADE_BYTES
     for shared in sizes.prefixes:
-        for way, thresholds in _WAYS.items() if device == "cuda" else [("flat", _WAYS["flat"])]:
-            flashinfer._CASCADE_BYTES, flashinfer._CASCADE_INSTEAD_OF_GRAPH_BYTES = thresholds
+        for way in _WAYS if device == "cuda" else ("flat",):
+            flashinfer._CASCADE_BYTES = _WAYS[way]
             yield from runs(f"{way} {shared}", sizes.prefix_requests, shared + 32, sizes.decode_steps, shared, repeats=1)
 
 

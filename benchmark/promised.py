@@ -107,13 +107,13 @@ def _step_seconds(result: dict[str, Any]) -> float:
     return float(result["decode"]["seconds"] / result["decode"]["num_steps"])
 
 
-def pays_from(sizes: Sizes, figures: Figures, way: str) -> float | None:
-    """Bytes of a layer's K/V from which a cascade, that does not read them again, is faster than `way`.
+def pays_from(sizes: Sizes, figures: Figures) -> float | None:
+    """Bytes of a layer's K/V from which a cascade, that does not read them again, is faster.
 
     Between two lengths as if the gain grew evenly; 0 if it always is, None if it is not at the longest.
     """
     each = (sizes.prefix_requests - 1) * figures["bytes a token and layer"][0]
-    taken = {n: [_step_seconds(figures[f"{name} {n}"][0]) for name in (way, "cascade")] for n in sizes.prefixes}
+    taken = {n: [_step_seconds(figures[f"{way} {n}"][0]) for way in ("flat", "cascade")] for n in sizes.prefixes}
     gains = [(n * each, without - with_it) for n, (without, with_it) in taken.items()]
     if gains[-1][1] <= 0:
         return None
@@ -122,15 +122,13 @@ def pays_from(sizes: Sizes, figures: Figures, way: str) -> float | None:
 
 
 def cascades(sizes: Sizes, figures: Figures) -> list[str]:
-    """Where the thresholds of attention/flashinfer.py ought to be; nothing where it was not measured."""
+    """Where the threshold of attention/flashinfer.py ought to be; nothing where it was not measured."""
     if f"cascade {sizes.prefixes[-1]}" not in figures:
         return []
-    lines = []
-    for way, is_at in zip(("flat without graphs", "flat"), figures["thresholds"][0], strict=True):
-        pays = pays_from(sizes, figures, way)
-        where = "at no length that was tried" if pays is None else f"from {pays / _MIB:.0f} MiB"
-        lines.append(f"a cascade is faster than {way} {where} of a layer's K/V not read again (now: {is_at / _MIB:.0f} MiB)")
-    return lines
+    pays = pays_from(sizes, figures)
+    where = "at no length that was tried" if pays is None else f"from {pays / _MIB:.0f} MiB"
+    is_at = figures["threshold"][0] / _MIB
+    return [f"a cascade is faster {where} of a layer's K/V not read again (it is used from {is_at:.0f} MiB)"]
 
 
 def doubts(sizes: Sizes, figures: Figures) -> list[str]:

@@ -7,7 +7,7 @@ query tokens included: a query token at position p attends to positions 0 .. p.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,22 @@ class AttentionMetadata:
             kv_lens=kv_lens,
             batch_indices=batch_indices,
             positions=np.arange(int(qo_indptr[-1]), dtype=np.int32) + first,
+        )
+
+    def without_shared(self, page_size: int) -> "AttentionMetadata":
+        """The decodes without the pages that they have in common, as if their tokens began behind these."""
+        decodes, shared = self.num_decodes, self.num_shared_pages
+        requests = np.minimum(np.arange(len(self.kv_indptr), dtype=np.int32), decodes)
+        own = np.ones(len(self.kv_indices), np.bool_)
+        own[self.kv_indptr[:decodes, None] + np.arange(shared)] = False
+        skipped = np.where(self.batch_indices < decodes, np.int32(shared * page_size), np.int32(0))
+        return replace(
+            self,
+            num_shared_pages=0,
+            kv_indptr=self.kv_indptr - shared * requests,
+            kv_indices=self.kv_indices[own],
+            kv_lens=self.kv_lens - shared * page_size * np.diff(requests),
+            positions=self.positions - skipped,
         )
 
     def padded(self, size: int, scratch_page: int) -> "AttentionMetadata":
@@ -179,11 +195,12 @@ class AttentionBackend(ABC):
     def plan(self, metadata: AttentionMetadata) -> None:
         """Host-side work that all layers of one forward pass share."""
 
-    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
-        """Plans decodes for a CUDA graph over `size` requests: the same buffers and kernels for every such plan.
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> bool:
+        """Plans decodes for a CUDA graph over `size` requests: the same buffers and kernels for every plan that returns the
+        same of two answers.
 
-        What `run` then does may be captured, and replayed after any later plan_graph of the same size. Backends whose
-        `run` can't be captured leave this as it is.
+        What `run` then does may be captured, and replayed after any later plan_graph of that size and answer. Backends
+        whose `run` can't be captured leave this as it is.
         """
         raise ValueError(f"{type(self).__name__} can't run inside a CUDA graph; leave --cuda_graph off")
 

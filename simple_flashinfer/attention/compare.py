@@ -39,9 +39,9 @@ class ComparingBackend(AttentionBackend):
     def prefers_eager(self, metadata: AttentionMetadata) -> bool:
         return self._backend.prefers_eager(metadata)
 
-    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> bool:
         self._metadata = metadata  # all of them decodes: there is nothing to compare
-        self._backend.plan_graph(metadata, size)
+        return self._backend.plan_graph(metadata, size)
 
     def run(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None

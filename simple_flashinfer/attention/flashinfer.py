@@ -11,7 +11,7 @@ pool takes what the padding rows write.
 Requests with one query token take the decode wrapper, all others the prefill wrapper, which does chunks over a cached
 prefix as well. Decodes that all begin with the same pages (prefix caching lets requests share them) may be computed in two
 levels, a cascade: all queries together against the shared pages, which are read once, each against its own pages, and the
-two merged.
+two merged. Models with windows have none: in a window each request sees other parts of what is shared.
 
 Index arrays that `plan` reads on the host are given as CPU tensors, so that planning never waits for the device; they lie in
 pinned memory, so that copying them doesn't either. FlashInfer keeps one pinned buffer a wrapper for what planning finds out:
@@ -19,10 +19,9 @@ the next plan waits until the device has copied it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,11 +41,9 @@ _HEAD_DIMS = (64, 128, 256)
 _MAX_PADDING_ROWS = 64  # in one decode graph
 _MIN_GRAPH_INDICES = 1 << 20  # pages of all requests of a graph: more than there are, since requests share them
 _TENSOR_CORE_GROUP = 4  # query heads per K/V head from which decode is faster on tensor cores
-# Bytes of K/V in one layer that a cascade does not read again. An H100 reads 3.35 TB/s: 64 MiB are 20 us, the time that two
-# more kernels and their launches may take; four times as much pays for launching all of a layer's kernels one by one, not
-# in a graph. Reckoned, not measured on a card.
+# Bytes of K/V in one layer that a cascade does not read again. An H100 reads 3.35 TB/s: 64 MiB are 20 us, the time that the
+# second level, its copies and the merge may take. Reckoned, not measured on a card.
 _CASCADE_BYTES = 64 << 20
-_CASCADE_INSTEAD_OF_GRAPH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +65,53 @@ class _Kind:
         )
 
     @property
-    def can_cascade(self) -> bool:
-        """In a window each request sees other parts of what is shared."""
-        return self.window_left < 0
-
-    @property
     def use_tensor_cores(self) -> bool:
         return self.num_qo_heads // self.num_kv_heads >= _TENSOR_CORE_GROUP
 
 
+class _Cascade:
+    """Decodes in two levels, run as one of them is.
+
+    The level that all share is one request: the heads of all queries that read a K/V head stand side by side, as that head's
+    group. So each level is a decode, which graphs may hold, and which spreads few K/V heads over all of the GPU. The
+    library's MultiLevelCascadeAttentionWrapper takes FlashAttention 3 on Hopper, which packs no groups and splits no keys.
+    """
+
+    def __init__(self, kind: _Kind, shared: Any, own: Any, merge_state_in_place: Any) -> None:
+        self._kind = kind
+        self._shared = shared
+        self._own = own
+        self._merge = merge_state_in_place
+
+    def run(self, q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """q [R, num_qo_heads, head_dim] -> the same"""
+        count, kv_heads, dim = len(q), self._kind.num_kv_heads, self._kind.head_dim
+        out, lse = self._own.run(q, cache, return_lse=True)
+        together = q.view(count, kv_heads, -1, dim).transpose(0, 1).reshape(1, -1, dim)
+        other, other_lse = self._shared.run(together, cache, return_lse=True)
+        other = other.view(kv_heads, count, -1, dim).transpose(0, 1).reshape(q.shape).contiguous()
+        other_lse = other_lse.view(kv_heads, count, -1).transpose(0, 1).reshape(lse.shape).contiguous()
+        self._merge(out, lse, other, other_lse)
+        return out  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
 class _GraphPlan:
-    """What a captured decode over one batch size reads: int32 on the device, filled anew by each plan."""
+    """What a captured decode over one batch size reads: int32 on the device, filled anew by each plan.
+
+    shared: wrappers of a cascade's level that all share, made when they are first used.
+    """
 
     wrappers: dict[_Kind, Any]
+    shared: dict[_Kind, Any]
     batch_indices: torch.Tensor  # [size]
     positions: torch.Tensor  # [size]
     kv_indptr: torch.Tensor  # [size + 1]
     kv_last_page_len: torch.Tensor  # [size]
+
+
+def _can_cascade(kinds: Iterable[_Kind]) -> bool:
+    return all(kind.window_left < 0 for kind in kinds)
 
 
 class FlashInferBackend(AttentionBackend):
@@ -113,7 +139,7 @@ class FlashInferBackend(AttentionBackend):
         self._kinds = {index: _Kind.of(layer) for index, layer in self.layers.items()}
         self._prefill: dict[_Kind, Any] = {}
         self._decode: dict[_Kind, Any] = {}
-        self._cascades: dict[_Kind, Any] = {}
+        self._shared: dict[_Kind, Any] = {}
         for kind in dict.fromkeys(self._kinds.values()):
             self._prefill[kind] = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
             self._decode[kind] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -121,8 +147,9 @@ class FlashInferBackend(AttentionBackend):
                 "NHD",
                 use_tensor_cores=kind.use_tensor_cores,
             )
-            if self._cascade_is_on and kind.can_cascade:
-                self._cascades[kind] = self._flashinfer.MultiLevelCascadeAttentionWrapper(2, self._workspace, "NHD")
+        if self._cascade_is_on and _can_cascade(self._decode):
+            self._shared = {kind: self._shared_wrapper() for kind in self._decode}
+            self._shared_indices = torch.zeros(self.num_pages, dtype=torch.int32, device=self.device)  # of all graphs
         self._graphs: dict[int, _GraphPlan] = {}
         # the rest is for padding rows, which repeat the scratch page
         indices = max(self.num_pages, _MIN_GRAPH_INDICES) + _MAX_PADDING_ROWS
@@ -134,16 +161,19 @@ class FlashInferBackend(AttentionBackend):
             return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
 
         self._caches = {index: pages(layer) for index, layer in self.layers.items()}
-        # of K and V in one layer, for each kind that has cascades
-        self._page_bytes = {
-            self._kinds[index]: self.page_size * layer.bytes_per_token(self.kv_dtype) for index, layer in self.layers.items()
-        }
+        # of K and V in one layer, where that is most
+        self._page_bytes = self.page_size * max(layer.bytes_per_token(self.kv_dtype) for layer in self.layers.values())
+
+    def _shared_wrapper(self, **buffers: Any) -> Any:
+        return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD", use_tensor_cores=True, **buffers
+        )  # fmt: skip
 
     @classmethod
     def workspace_bytes(cls, layers: Sequence[AttentionLayer], num_graphs: int) -> int:
         kinds = {_Kind.of(layer) for layer in layers}
-        wrappers = sum(2 + 2 * kind.can_cascade + num_graphs for kind in kinds)
-        return _WORKSPACE_BYTES + wrappers * _WRAPPER_BYTES + 4 * _MIN_GRAPH_INDICES
+        decodes = (1 + num_graphs) * (1 + _can_cascade(kinds))
+        return _WORKSPACE_BYTES + len(kinds) * (1 + decodes) * _WRAPPER_BYTES + 4 * _MIN_GRAPH_INDICES
 
     @classmethod
     def unsupported(cls, layer: AttentionLayer, dtype: torch.dtype) -> str | None:
@@ -158,7 +188,7 @@ class FlashInferBackend(AttentionBackend):
         return None
 
     def warm_up(self) -> None:
-        if not self._cascades or self.num_pages < 3:
+        if not self._shared or self.num_pages < 3:
             return
         try:
             # two decodes that share a page: nothing is kept in pages yet
@@ -169,7 +199,7 @@ class FlashInferBackend(AttentionBackend):
                 kv_indptr=np.array([0, 2, 4], np.int32), kv_indices=np.array([0, 1, 0, 2], np.int32),
                 kv_last_page_len=ones, kv_lens=ones * length, batch_indices=two, positions=ones * (length - 1),
             )  # fmt: skip
-            self._plan(metadata, self._cascades)
+            self._plan(metadata, cascade=True)
             for index in {kind: index for index, kind in self._kinds.items()}.values():
                 layer = self.layers[index]
                 heads = layer.num_qo_heads, layer.num_kv_heads, layer.num_kv_heads
@@ -177,14 +207,13 @@ class FlashInferBackend(AttentionBackend):
                 self.run(index, q, k, v)
         except RuntimeError as error:
             logger.warning("Requests that share a long prompt attend one by one (--cascade false): %s", error)
-            self._cascades.clear()
+            self._shared.clear()
 
     def plan(self, metadata: AttentionMetadata) -> None:
-        self._plan(metadata, self._cascades if self._saved_bytes(metadata) >= _CASCADE_BYTES else {})
+        self._plan(metadata, self._is_worth_a_cascade(metadata))
 
-    def _plan(self, meta: AttentionMetadata, cascades: dict[_Kind, Any]) -> None:
-        """cascades: of the kinds whose decodes take it."""
-        decodes = meta.num_decodes
+    def _plan(self, metadata: AttentionMetadata, cascade: bool) -> None:
+        meta, decodes = metadata.without_shared(self.page_size) if cascade else metadata, metadata.num_decodes
         self._await_copies()
         host, device = self._upload(
             meta.batch_indices, meta.positions, meta.kv_indices, meta.kv_indptr, meta.kv_last_page_len,
@@ -196,10 +225,10 @@ class FlashInferBackend(AttentionBackend):
         _, _, _, kv_indptr, last_page_len, qo_indptr, prefill_indptr = host
         indices, split = device[2], int(meta.kv_indptr[decodes])
         if decodes:
-            simple = {kind: wrapper for kind, wrapper in self._decode.items() if kind not in cascades}
-            self._plan_decode(simple, kv_indptr[: decodes + 1], indices[:split], last_page_len[:decodes])
-            self._plan_cascade(cascades, meta)
-            self._running_decode = {**simple, **cascades}
+            self._plan_decode(self._decode, kv_indptr[: decodes + 1], indices[:split], last_page_len[:decodes])
+            self._running_decode = self._decode
+            if cascade:
+                self._running_decode = self._plan_cascade(self._shared, self._decode, metadata, decodes)
         for kind, wrapper in self._prefill.items():
             if decodes < len(meta.kv_lens):
                 wrapper.plan(
@@ -221,14 +250,20 @@ class FlashInferBackend(AttentionBackend):
         self._note_copies()
 
     def _plan_decode(
-        self, wrappers: dict[_Kind, Any], kv_indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
+        self,
+        wrappers: dict[_Kind, Any],
+        kv_indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        queries: int = 1,
     ) -> None:
+        """queries: of each request; the wrappers are given them as so many times the heads."""
         for kind, wrapper in wrappers.items():
             wrapper.plan(
                 kv_indptr,
                 indices,
                 last_page_len,
-                kind.num_qo_heads,
+                queries * kind.num_qo_heads,
                 kind.num_kv_heads,
                 kind.head_dim,
                 self.page_size,
@@ -239,51 +274,30 @@ class FlashInferBackend(AttentionBackend):
                 kv_data_type=self.kv_dtype,
             )
 
-    def _plan_cascade(self, wrappers: dict[_Kind, Any], meta: AttentionMetadata) -> None:
-        """Two levels: the pages that all decodes share, as of one request with all the queries; and those of each."""
-        if not wrappers:
-            return
-        count, shared = meta.num_decodes, meta.num_shared_pages
-        each = np.arange(count + 1, dtype=np.int32)
-        kv_indptr = meta.kv_indptr[: count + 1]
-        own = [meta.kv_indices[start + shared : end] for start, end in pairwise(kv_indptr.tolist())]
-        host, device = self._upload(
-            np.array([0, count], np.int32), each,
-            np.array([0, shared], np.int32), kv_indptr - shared * each,
-            meta.kv_indices[:shared], np.concatenate(own),
-            np.array([self.page_size], np.int32), meta.kv_last_page_len[:count],
-        )  # fmt: skip
-        for kind, wrapper in wrappers.items():
-            wrapper.plan(
-                host[0:2],
-                host[2:4],
-                device[4:6],
-                host[6:8],
-                kind.num_qo_heads,
-                kind.num_kv_heads,
-                kind.head_dim,
-                self.page_size,
-                sm_scale=kind.scaling,
-                logits_soft_cap=kind.softcap,
-                q_data_type=self.dtype,
-                kv_data_type=self.kv_dtype,
-            )
+    def _plan_cascade(
+        self, shared: dict[_Kind, Any], own: dict[_Kind, Any], metadata: AttentionMetadata, size: int
+    ) -> dict[_Kind, Any]:
+        """For `size` queries. `own` is planned already."""
+        pages = metadata.num_shared_pages
+        (indptr, last_page_len, _), (_, _, indices) = self._upload(
+            np.array([0, pages], np.int32), np.array([self.page_size], np.int32), metadata.kv_indices[:pages]
+        )
+        self._plan_decode(shared, indptr, indices, last_page_len, queries=size)
+        merge = self._flashinfer.merge_state_in_place
+        return {kind: _Cascade(kind, wrapper, own[kind], merge) for kind, wrapper in shared.items()}
 
-    def _saved_bytes(self, meta: AttentionMetadata) -> int:
-        """Of K/V that a cascade of the decodes does not read again: in the layer where that is most."""
-        if not meta.num_shared_pages or not self._cascades:
-            return 0
-        return (meta.num_decodes - 1) * meta.num_shared_pages * max(self._page_bytes[kind] for kind in self._cascades)
+    def _is_worth_a_cascade(self, meta: AttentionMetadata) -> bool:
+        saved = (meta.num_decodes - 1) * meta.num_shared_pages * self._page_bytes
+        return bool(self._shared) and saved >= _CASCADE_BYTES
 
     def prefers_eager(self, metadata: AttentionMetadata) -> bool:
-        return (
-            len(metadata.kv_indices) > len(self._graph_indices) - _MAX_PADDING_ROWS
-            or self._saved_bytes(metadata) >= _CASCADE_INSTEAD_OF_GRAPH_BYTES
-        )
+        return len(metadata.kv_indices) > len(self._graph_indices) - _MAX_PADDING_ROWS
 
-    def plan_graph(self, metadata: AttentionMetadata, size: int) -> None:
+    def plan_graph(self, metadata: AttentionMetadata, size: int) -> bool:
         self._await_copies()
-        meta = metadata.padded(size, scratch_page=self.num_pages)
+        cascade = self._is_worth_a_cascade(metadata)
+        meta = metadata.without_shared(self.page_size) if cascade else metadata
+        meta = meta.padded(size, scratch_page=self.num_pages)
         graph = self._graphs.get(size)
         if graph is None:
             graph = self._graphs[size] = self._make_graph_plan(size)
@@ -301,7 +315,10 @@ class FlashInferBackend(AttentionBackend):
         }
         self._num_decodes = size
         self._running_decode = graph.wrappers
+        if cascade:
+            self._running_decode = self._plan_cascade(self._shared_in_graph(graph), graph.wrappers, metadata, size)
         self._note_copies()
+        return cascade
 
     def _make_graph_plan(self, size: int) -> "_GraphPlan":
         def buffer(length: int) -> torch.Tensor:
@@ -321,7 +338,19 @@ class FlashInferBackend(AttentionBackend):
             for kind in self._decode
         }
         batch_indices = torch.arange(size, dtype=torch.int32, device=self.device)
-        return _GraphPlan(wrappers, batch_indices, buffer(size), kv_indptr, kv_last_page_len)
+        return _GraphPlan(wrappers, {}, batch_indices, buffer(size), kv_indptr, kv_last_page_len)
+
+    def _shared_in_graph(self, graph: _GraphPlan) -> dict[_Kind, Any]:
+        for kind in self._shared:
+            if kind not in graph.shared:
+                indptr, last_page_len = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (2, 1))
+                graph.shared[kind] = self._shared_wrapper(
+                    use_cuda_graph=True,
+                    paged_kv_indptr_buffer=indptr,
+                    paged_kv_indices_buffer=self._shared_indices,
+                    paged_kv_last_page_len_buffer=last_page_len,
+                )
+        return graph.shared
 
     def run(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None

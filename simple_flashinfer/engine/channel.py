@@ -9,6 +9,7 @@ waits for the other: a front end writes in a thread, and what it has no room for
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import select
 import threading
@@ -119,6 +120,8 @@ class ProcessChannel:
     def start(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[Message], None]) -> None:
         # in the event loop itself: a thread that reads would wait for the interpreter lock when the loop is busy
         loop.add_reader(self._connection.fileno(), self._read, loop, on_message)
+        # uvloop makes what it watches non-blocking: of a large message reader and writer would get a part, and an error
+        os.set_blocking(self._connection.fileno(), True)
 
     def send(self, command: Command) -> None:
         self._inbox.put(command)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_CUBLAS_BYTES = 64 << 20  # 32 MiB for each of two streams, on Hopper
 
 
 def resolve_model(config: Config) -> str:
@@ -247,13 +248,15 @@ def _memory_for(what: str, hint: str) -> Iterator[None]:
 def _graphs(config: Config, step_bytes: int, row_bytes: int) -> tuple[int, int]:
     """How many batch sizes CUDA graphs may be recorded for, and bytes that they keep.
 
-    Each keeps its logits, of row_bytes a request; the memory in between is one pool for all, as large as the largest needs.
+    Each keeps its logits, of row_bytes a request, for decodes that share a long prompt once more; the memory in between is
+    one pool for all, as large as the largest needs. cuBLAS has a workspace for each stream that it worked on.
     """
     from simple_flashinfer.model.cuda_graph import DecodeGraphs
 
     sizes = {DecodeGraphs.size_of(count) for count in range(1, config.max_sequence + 1)}
     share = min(1.0, max(sizes) / config.max_num_batched_tokens)
-    return len(sizes), sum(sizes) * row_bytes + int(step_bytes * share)
+    ways = 2 if config.cascade and config.prefix_caching else 1
+    return len(sizes), ways * sum(sizes) * row_bytes + int(step_bytes * share) + _CUBLAS_BYTES
 
 
 def _uses_graphs(config: Config, device: "torch.device") -> bool:

@@ -2,9 +2,10 @@
 
 A graph is a recording for one batch size, so sizes are few (1, 2, 4, then multiples of 8) and a batch is filled up to the
 next one: the padding rows compute a token nobody reads and write into a page of their own. A graph is captured when its size
-first comes up. What changes from step to step (tokens, positions, rows, page table) stands in buffers that the graph reads;
-the attention backend's own are filled by `plan_graph`, which runs on the host before each replay. Tokens that the step
-before drew, and that the host does not know yet, are taken from where it left them, inside the graph.
+first comes up, one for each way of attention that the backend has. What changes from step to step (tokens, positions, rows,
+page table) stands in buffers that the graph reads; the attention backend's own are filled by `plan_graph`, which runs on the
+host before each replay. Tokens that the step before drew, and that the host does not know yet, are taken from where it left
+them, inside the graph.
 """
 
 import logging
@@ -35,12 +36,13 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None  # for all: cuBLAS keeps a workspace for each stream that it ever worked on
         self._waits = False
 
     def __call__(self, function: Callable[[], Outputs]) -> Replay:
         if self._waits:
             return function
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()  # outside of the recording first: kernels are compiled and workspaces taken at first use
@@ -50,7 +52,7 @@ class CudaCapture:
             logger.warning("Decode steps are not recorded as CUDA graphs, which is slower: the model waits for the device.")
             return function
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = function()
         self._pool = graph.pool()
 
@@ -91,7 +93,7 @@ class DecodeGraphs:
         self._backend = backend
         self._decode = decode
         self._capture = capture or CudaCapture()
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[int, bool], Replay] = {}
         # token id, position and row; padding rows are at max_num_seqs, where no request is
         self._padding = np.array([0, 0, max_num_seqs])
         self._inputs = torch.zeros(3 * self.size_of(max_num_seqs), dtype=torch.int64, device=device)
@@ -105,16 +107,16 @@ class DecodeGraphs:
         """One token each: token_ids, rows int32 [R] -> logits [R, V] and tokens [R], which are valid until the next run."""
         count = len(token_ids)
         size = self.size_of(count)
-        self._backend.plan_graph(metadata, size)
+        which = size, self._backend.plan_graph(metadata, size)
         inputs = np.repeat(self._padding, size)  # all ids, all positions, all rows: each without gaps
         buffer = self._inputs[: len(inputs)]
-        if size not in self._replays:
+        if which not in self._replays:
             logger.debug("Capturing a CUDA graph for %d requests.", size)
             # only padding meanwhile: capturing runs the step, and must not leave tokens behind as drawn
             buffer.copy_(indices(inputs, buffer.device))
             ids, positions, of_rows = buffer.chunk(3)
-            self._replays[size] = self._capture(lambda: self._decode(ids, positions, of_rows))
+            self._replays[which] = self._capture(lambda: self._decode(ids, positions, of_rows))
         inputs.reshape(3, size)[:, :count] = token_ids, metadata.positions, rows
         buffer.copy_(indices(inputs, buffer.device))
-        logits, tokens = self._replays[size]()
+        logits, tokens = self._replays[which]()
         return logits[:count], tokens[:count]

@@ -42,40 +42,56 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 _NEARLY = 0.1  # of the largest logit: what rounding may change after many layers, and no mistake stays below
 
 
-@torch.inference_mode()
+class _OtherKindError(Exception):
+    """The message says what the model does not have, or does beside."""
+
+
 def fuse_decoder(model: Any, backend: AttentionBackend) -> Forward | None:
-    """None where the model is of another kind. `fuse_layers` comes first, and the model attends through `backend`."""
-    if backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
-        return None
+    """None where the model is of another kind. `fuse_layers` comes first, and the model attends through `backend`.
+
+    Which it is, and why, is logged.
+    """
     try:
-        forward, exact = (_forward(model, backend, exact) for exact in (False, True))
-        if forward is None or exact is None:
-            return None
-        last = len(_rotary_table(model).tables[0]) - 1  # type: ignore[union-attr]
-        positions = torch.tensor([last, 0, 1, last // 3, last // 2, max(last - 1, 0)], device=backend.device)
-        ids = torch.arange(6, device=backend.device) % len(model.get_input_embeddings().weight)
-        rows = torch.tensor([0, 3, 5], device=backend.device)
-        backend.plan(_TRIAL)
-        expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
-        if not torch.equal(expected, exact(ids, positions, rows)):
-            return None
-        error = (forward(ids, positions, rows) - expected).abs().max()
+        with torch.inference_mode():
+            forward, words = _tried(model, backend)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever an unusual model may raise: it is served by its own forward
-        logger.debug("The layers of the model are not one call: %r", error)
+        why = error if isinstance(error, _OtherKindError) else repr(error)
+        logger.info("Decoder layers: transformers' own, since %s", why)
         return None
-    return forward if error <= _NEARLY * expected.abs().max() else exact
+    logger.info("Decoder layers: %s", words)
+    return forward
 
 
-def _forward(model: Any, backend: AttentionBackend, exact: bool) -> Forward | None:
+def _tried(model: Any, backend: AttentionBackend) -> tuple[Forward, str]:
+    if backend.num_pages < len(_TRIAL.kv_indices) or backend.page_size < max(_TRIAL.kv_lens):
+        raise _OtherKindError("there are too few pages, or too small ones, to try others")
+    forward, exact = (_forward(model, backend, exact) for exact in (False, True))
+    last = len(_rotary_table(model).tables[0]) - 1  # type: ignore[union-attr]
+    positions = torch.tensor([last, 0, 1, last // 3, last // 2, max(last - 1, 0)], device=backend.device)
+    ids = torch.arange(6, device=backend.device) % len(model.get_input_embeddings().weight)
+    rows = torch.tensor([0, 3, 5], device=backend.device)
+    backend.plan(_TRIAL)
+    expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows).logits[0]
+    if not torch.equal(expected, exact(ids, positions, rows)):
+        raise _OtherKindError("the model does more than they would")
+    error = float((forward(ids, positions, rows) - expected).abs().max() / expected.abs().max())
+    if error <= _NEARLY:
+        return forward, "one call"
+    return exact, f"one call, without kernels that round less: these differ by {error:.2g} of the largest logit"
+
+
+def _forward(model: Any, backend: AttentionBackend, exact: bool) -> Forward:
     parts = {layer.self_attn.layer_idx: own for layer in model.modules() if (own := _parts(layer)) is not None}
     table = _rotary_table(model)
     if table is None or parts.keys() != backend.layers.keys():
-        return None
+        raise _OtherKindError("layers are not made of the usual parts")
     run = backend.decoder_layers(parts, *table.tables, exact)
+    if run is None:
+        raise _OtherKindError(f"the {type(backend).__name__} has no call for them")
     norm = dict(model.get_decoder().named_children())["norm"]
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if run is None:
-        return None
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         hidden = run(embed(ids[None]), positions)[0]

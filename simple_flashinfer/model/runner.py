@@ -7,6 +7,7 @@ the device as well (`_drawn`), from where the next step takes those that the hos
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as Worker
 from concurrent.futures import wait
@@ -24,7 +25,7 @@ from simple_flashinfer.model.fused_decoder import Forward, fuse_decoder
 from simple_flashinfer.model.input_batch import InputBatch, PromptLogprobs, StepInputs
 from simple_flashinfer.model.loader import LoadedModel
 from simple_flashinfer.model.profiler import StepProfiler
-from simple_flashinfer.sampling import Draw, FilterProbs, gather_logprobs, likeliest, sample
+from simple_flashinfer.sampling import Draw, FilterProbs, SamplingBatch, gather_logprobs, likeliest, sample
 from simple_flashinfer.sampling.grammar import Grammars, GrammarState, Masks, apply_bitmask
 from simple_flashinfer.types import (
     EngineDeadError,
@@ -97,7 +98,7 @@ class ModelRunner:
             zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
             positions = np.arange(num_tokens, dtype=np.int32) % self._max_model_len
             logits = self._logits(zeros, positions, np.arange(num_logits))
-            torch.softmax(logits.float(), dim=-1).cumsum(-1, dtype=torch.float64)  # what sampling takes at its worst
+            sample(logits, SamplingBatch.demanding(num_logits), self._filter_probs, self._draw)
         peak = torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else 0
         return self._hook.layers(self._text_config), peak
 
@@ -108,7 +109,14 @@ class ModelRunner:
 
     def use_cuda_graphs(self, max_num_seqs: int) -> None:
         """Decode steps from now on replay CUDA graphs, which are captured as their sizes come up."""
-        self._graphs = DecodeGraphs(self.backend, self._decode, max_num_seqs, self.device)
+        me = weakref.ref(self)  # a cycle would keep the KV cache of an engine that is given up
+
+        def decode(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            runner = me()
+            assert runner is not None
+            return runner._decode(ids, positions, rows)
+
+        self._graphs = DecodeGraphs(self.backend, decode, max_num_seqs, self.device)
 
     def compile(self, mode: str) -> None:
         """Compiles the forward pass; attention stays one opaque operator."""
@@ -165,7 +173,7 @@ class ModelRunner:
             drawn = tokens.numpy().astype(np.int32)
             if (drawn < 0).any():
                 failed = int(np.flatnonzero(drawn < 0)[0])
-                # of a graph these may be the next step's by now, which tell the same
+                # of a graph these may be overwritten by now, and then the reason may be the other one
                 finite = bool(torch.isfinite(logits[failed]).any())
                 reason = (
                     "all tokens are forbidden by what the request asks" if finite else "the model's logits are not finite"

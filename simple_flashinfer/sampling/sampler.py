@@ -45,6 +45,16 @@ class SamplingBatch:
     typical_p: FloatArray
     processed: list[ProcessedRow] = field(default_factory=list)
 
+    @classmethod
+    def demanding(cls, num_rows: int) -> "SamplingBatch":
+        """Rows that ask for all that takes memory, to see how much."""
+        half, zeros = np.full(num_rows, 0.5), np.zeros(num_rows)
+        return cls(
+            temperature=half.astype(np.float32), top_k=np.full(num_rows, 2, np.int32), top_p=half,
+            min_p=half.astype(np.float32), seeds=zeros.astype(np.uint64), positions=zeros.astype(np.int64),
+            typical_p=zeros.astype(np.float32),
+        )  # fmt: skip
+
     @property
     def is_greedy(self) -> bool:
         """The likeliest tokens of the logits as they are."""
@@ -155,7 +165,10 @@ def _filtered(
         p = to_device(np.where(top_p > 0, top_p, 1.0)[ranked], logits.device)
         if filter_probs is not None:
             probs = torch.softmax(logits, dim=-1)
-            probs[index] = filter_probs(probs[index], k, p.float())
+            if len(ranked) == len(probs):
+                probs = filter_probs(probs, k, p.float())
+            else:
+                probs[index] = filter_probs(probs[index], k, p.float())
             return probs if limit is None else probs.masked_fill(logits < limit[:, None], 0.0)
         limit = torch.full((len(drawn),), -torch.inf, device=logits.device) if limit is None else limit
         limit[index] = torch.maximum(limit[index], _rank_threshold(logits[index], k, p))

@@ -24,7 +24,7 @@ def install(monkeypatch) -> types.ModuleType:
     module.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
     module.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
     module.BatchDecodeWithPagedKVCacheWrapper = BatchDecodeWithPagedKVCacheWrapper
-    module.MultiLevelCascadeAttentionWrapper = MultiLevelCascadeAttentionWrapper
+    module.merge_state_in_place = merge_state_in_place
     module.append_paged_kv_cache = append_paged_kv_cache
     module.rmsnorm = rmsnorm
     module.fused_add_rmsnorm = fused_add_rmsnorm
@@ -275,59 +275,19 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         return self._run(q, paged_kv_cache, return_lse)
 
 
-class MultiLevelCascadeAttentionWrapper:
-    def __init__(self, num_levels, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False) -> None:
-        assert float_workspace_buffer.dtype == torch.uint8
-        assert kv_layout == "NHD"
-        assert not use_cuda_graph
-        self.levels = [_Wrapper() for _ in range(num_levels)]
-
-    def plan(
-        self,
-        qo_indptr_arr,
-        paged_kv_indptr_arr,
-        paged_kv_indices_arr,
-        paged_kv_last_page_len,
-        num_qo_heads,
-        num_kv_heads,
-        head_dim,
-        page_size,
-        causal=False,
-        pos_encoding_mode="NONE",
-        use_fp16_qk_reduction=False,
-        sm_scale=None,
-        window_left=-1,
-        logits_soft_cap=None,
-        rope_scale=None,
-        rope_theta=None,
-        q_data_type="float16",
-        kv_data_type=None,
-    ) -> None:
-        assert not use_fp16_qk_reduction
-        assert pos_encoding_mode == "NONE"
-        assert window_left == -1, "the first level does not know where the queries stand"
-        arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
-        assert all(isinstance(array, list) and len(array) == len(self.levels) for array in arrays)
-        assert len({int(qo_indptr[-1]) for qo_indptr in qo_indptr_arr}) == 1, "all levels have all queries"
-        for level, qo_indptr, kv_indptr, kv_indices, last in zip(self.levels, *arrays, strict=True):
-            lengths = _check_int32("qo_indptr", qo_indptr, len(kv_indptr)).diff()
-            assert qo_indptr.device.type == "cpu"
-            assert qo_indptr[0] == 0
-            assert (lengths >= 1).all()
-            level._plan(
-                qo_indptr, kv_indptr, kv_indices, last, num_qo_heads, num_kv_heads, head_dim, page_size,
-                (q_data_type, kv_data_type or q_data_type), window_left, logits_soft_cap, sm_scale,
-                causal and level is self.levels[-1],
-            )  # fmt: skip
-
-    def run(self, q, paged_kv_cache):
-        out, lse = self.levels[-1]._run(q, paged_kv_cache, return_lse=True)
-        for level in self.levels[:-1]:
-            other, other_lse = level._run(q, paged_kv_cache, return_lse=True)
-            weight = torch.sigmoid((lse - other_lse) * math.log(2))[..., None]
-            out = (out.float() * weight + other.float() * (1 - weight)).to(q.dtype)
-            lse = torch.logaddexp2(lse, other_lse)
-        return out
+@kernel
+def merge_state_in_place(v, s, v_other, s_other, mask=None) -> None:
+    assert mask is None
+    assert v.shape == v_other.shape
+    assert v.shape[:2] == s.shape == s_other.shape
+    assert v.dtype == v_other.dtype
+    assert v.dtype in FLOATS
+    for x in (v, s, v_other, s_other):
+        assert x.is_contiguous(), "the kernel takes no strides"
+    assert s.dtype == s_other.dtype == torch.float32, "a copy would be merged"
+    weight = torch.sigmoid((s - s_other) * math.log(2))[..., None]
+    v.copy_(v.float() * weight + v_other.float() * (1 - weight))
+    s.copy_(torch.logaddexp2(s, s_other))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
@@ -390,7 +350,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         if self.buffers is not None:  # a replay reads what stands in the buffers then
             indptr, indices, last = self.buffers
             self.plan_of = (self.plan_of[0], indptr, indices[: int(indptr[-1])], last, *self.plan_of[4:])
-        return self._run(q, paged_kv_cache)
+        return self._run(q, paged_kv_cache, return_lse)
 
 
 def _check_probs(probs: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from simple_flashinfer.attention import AttentionLayer, AttentionMetadata, backend_class
+from simple_flashinfer.attention.flashinfer import _Cascade
 from simple_flashinfer.types import RequestTable, SchedulerOutput
 from test.attention import fake_flashinfer
+from test.attention.recording import capture
 from test.attention.test_contract import reference, run
 
 PAGE = 16
@@ -84,7 +86,7 @@ def check(backend, layer, shared, own, prompts=()):
 
 
 def used(backend):
-    return [type(wrapper).__name__.startswith("MultiLevelCascade") for wrapper in backend._running_decode.values()]
+    return [isinstance(decode, _Cascade) for decode in backend._running_decode.values()]
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -98,10 +100,11 @@ def test_equals_the_definition_and_torch(make_backend, layer, case):
 
 
 def test_beside_prompts_and_layers_of_another_kind(make_backend):
-    backend = make_backend([PLAIN, WINDOW])
-    check(backend, PLAIN, 4, [1, 30], prompts=[20])
-    assert used(backend) == [False, True], "first those that can't"
-    check(backend, WINDOW, 4, [1, 30], prompts=[20])
+    for layers, expected in (([PLAIN, SOFTCAP], [True, True]), ([PLAIN, WINDOW], [False, False])):
+        backend = make_backend(layers)
+        for layer in layers:
+            check(backend, layer, 4, [1, 30], prompts=[20])
+        assert used(backend) == expected, "windows see other parts of what is shared"
 
 
 def test_it_can_be_switched_off_and_needs_enough_to_share(make_backend, monkeypatch):
@@ -138,13 +141,39 @@ def test_what_is_shared_stands_in_the_page_table(pages, expected):
     assert AttentionMetadata.of(step(table, range(len(pages)), before, [2] * len(pages))).num_shared_pages == 0
 
 
-def test_when_it_is_better_than_a_graph(make_backend, monkeypatch):
-    backend = make_backend([PLAIN])
+@pytest.mark.parametrize("size", [3, 4])
+def test_in_a_graph(make_backend, monkeypatch, size):
+    """With padding rows, replayed for other requests, and beside one without a cascade of the same size."""
+    backend = make_backend([SOFTCAP])
+    replays = {}
+    generator = torch.Generator().manual_seed(size)
+    inputs = [torch.zeros(size, heads, 64, dtype=backend.dtype, device=backend.device) for heads in (2, 2, 2)]
+    for shared, own, threshold in (
+        (3, [1, 5, 33], 1),
+        (3, [1, 5, 33], 1 << 40),
+        (5, [16, 1, 2], 1),
+        (2, [7, 7, 7], 1 << 40),
+    ):
+        monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_BYTES", threshold)
+        for cache in backend._caches.values():
+            cache.copy_(torch.randn(cache.shape, generator=generator))
+        before = [shared * PAGE + count - 1 for count in own]
+        metadata = AttentionMetadata.of(step(make_table(shared, own), range(3), before, [1] * 3))
+        for x in inputs:
+            x[:3] = torch.randn(3, *x.shape[1:], generator=generator).to(x)
+        backend.plan(metadata)
+        expected = backend.run(1, *(x[:3] for x in inputs))
+        cascade = backend.plan_graph(metadata, size)
+        assert cascade == (threshold == 1)
+        if cascade not in replays:
+            replays[cascade] = capture(lambda: backend.run(1, *inputs))
+        torch.testing.assert_close(replays[cascade]()[:3], expected, atol=1e-2, rtol=1e-2)
+    assert len(replays) == 2
+
+
+def test_when_there_are_too_many_page_numbers_for_a_graph(make_backend, monkeypatch):
     metadata = AttentionMetadata.of(step(make_table(3, [1, 1, 1]), range(3), [48] * 3, [1] * 3))
-    assert not backend.prefers_eager(metadata)
-    monkeypatch.setattr("simple_flashinfer.attention.flashinfer._CASCADE_INSTEAD_OF_GRAPH_BYTES", 1)
-    assert backend.prefers_eager(metadata)
-    assert not make_backend([WINDOW]).prefers_eager(metadata)
+    assert not make_backend([PLAIN]).prefers_eager(metadata)
     assert not make_backend([PLAIN], "sdpa").prefers_eager(metadata)
     monkeypatch.setattr("simple_flashinfer.attention.flashinfer._MIN_GRAPH_INDICES", 1)
     few = make_backend([PLAIN], num_pages=11, cascade=False)
@@ -189,19 +218,23 @@ def test_a_plan_waits_for_the_copies_of_the_last_one(make_backend):
 
 
 def test_its_kernels_are_compiled_before_there_are_requests(make_backend, monkeypatch, caplog):
-    backend = make_backend([PLAIN, WINDOW, SOFTCAP])
-    planned = []
-    for kind, cascade in backend._cascades.items():
-        monkeypatch.setattr(cascade, "run", lambda *args, kind=kind, run=cascade.run: planned.append(kind) or run(*args))
+    backend = make_backend([PLAIN, SOFTCAP])
+    ran = []
+    for kind, wrapper in backend._shared.items():
+        monkeypatch.setattr(
+            wrapper, "run", lambda *args, kind=kind, run=wrapper.run, **options: ran.append(kind) or run(*args, **options)
+        )
     backend.warm_up()
-    assert sorted(kind.softcap for kind in planned) == [0, 3]
+    assert sorted(kind.softcap for kind in ran) == [0, 3]
     check(backend, PLAIN, *SHARED["two requests"])
+    make_backend([WINDOW]).warm_up()  # has none
 
     def fails(*args, **options):
         raise RuntimeError("nvcc was not found")
 
-    monkeypatch.setattr(next(iter(backend._cascades.values())), "plan", fails)
+    monkeypatch.setattr(next(iter(backend._shared.values())), "plan", fails)
     backend.warm_up()
     assert "nvcc was not found" in caplog.text
-    assert not backend._cascades
+    assert not backend._shared
     check(backend, PLAIN, *SHARED["two requests"])
+    assert used(backend) == [False, False]

@@ -9,10 +9,10 @@ from test.attention import fake_flashinfer
 from test.attention.recording import capture
 
 NAMES = [
-    "append_paged_kv_cache", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache",
-    "sampling.top_k_renorm_probs", "sampling.top_p_renorm_probs",
+    "append_paged_kv_cache", "merge_state_in_place", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul",
+    "apply_rope_with_cos_sin_cache", "sampling.top_k_renorm_probs", "sampling.top_p_renorm_probs",
     *(f"{wrapper}.{method}" for wrapper in (
-        "BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper", "MultiLevelCascadeAttentionWrapper",
+        "BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper",
     ) for method in ("__init__", "plan", "run")),
 ]  # fmt: skip
 

@@ -138,17 +138,15 @@ def test_a_promise_at_its_bound(sign, below, equal, above):
 )
 def test_from_how_much_that_is_shared_a_cascade_pays(gains, expected):
     sizes = replace(TINY, prefixes=(1024, 2048, 4096), prefix_requests=5)  # 1, 2 and 4 MiB that four need not read again
-    figures = {"bytes a token and layer": [256], "thresholds": [[64 * MIB, 256 * MIB]]}
+    figures = {"bytes a token and layer": [256], "threshold": [64 * MIB]}
     for shared, gain in zip(sizes.prefixes, gains, strict=True):
-        figures |= {f"{way} {shared}": [engine_result(50 + gain)] for way in ("flat", "flat without graphs")}
+        figures[f"flat {shared}"] = [engine_result(50 + gain)]
         figures[f"cascade {shared}"] = [engine_result(50)]
-    assert pays_from(sizes, figures, "flat") == (None if expected is None else pytest.approx(expected))
-    lines = cascades(sizes, figures)
+    assert pays_from(sizes, figures) == (None if expected is None else pytest.approx(expected))
+    (line,) = cascades(sizes, figures)
     where = "at no length that was tried" if expected is None else f"from {expected / MIB:.0f} MiB"
-    assert [line.partition(" of a layer")[0] for line in lines] == [
-        f"a cascade is faster than {way} {where}" for way in ("flat without graphs", "flat")
-    ]
-    assert lines[1].endswith("(now: 256 MiB)")
+    assert line.startswith(f"a cascade is faster {where} of a layer")
+    assert line.endswith("(it is used from 64 MiB)")
     assert cascades(sizes, {}) == []
 
 
@@ -157,7 +155,7 @@ def test_doubts_of_the_load_generator_are_passed_on():
 
 
 def test_ways_of_decoding_over_the_stand_in(monkeypatch, envs):
-    """What a GPU's part does beyond the CPU's, without one: each length is decoded in graphs, without, and in cascades."""
+    """What a GPU's part does beyond the CPU's, without one: each length is decoded in graphs, flat and in cascades."""
     small = replace(TINY, prefixes=(32, 64))
     llm = flashinfer_llm(monkeypatch, str(envs / "models" / "tiny"), max_sequence=4)
     runner = llm.core.executor
@@ -165,9 +163,9 @@ def test_ways_of_decoding_over_the_stand_in(monkeypatch, envs):
     runner._graphs = DecodeGraphs(backend, runner._decode, 4, cpu, capture=lambda function: function)
     runner._overlap, llm.core._most_in_flight = True, 1
 
-    def note(way, plan, first, *rest):
-        used.extend([way] * bool(first))  # a cascade of nothing is none
-        plan(first, *rest)
+    def note(way, plan, *args):
+        used.append(way)
+        return plan(*args)
 
     for way, method in (("graph", "plan_graph"), ("cascade", "_plan_cascade")):
         monkeypatch.setattr(backend, method, partial(note, way, getattr(backend, method)))
@@ -175,8 +173,7 @@ def test_ways_of_decoding_over_the_stand_in(monkeypatch, envs):
     monkeypatch.setitem(SIZES, "cuda", small)
     monkeypatch.setattr("simple_flashinfer.bench.engine.build_engine", lambda config, path: (llm.core, llm.info))
     monkeypatch.setattr("simple_flashinfer.bench.engine.resolve_device", lambda config: cpu)
-    for name in ("_CASCADE_BYTES", "_CASCADE_INSTEAD_OF_GRAPH_BYTES"):  # put back when all is over
-        monkeypatch.setattr(flashinfer, name, getattr(flashinfer, name))
+    monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", flashinfer._CASCADE_BYTES)  # put back when all is over
     figures, seen = {}, {}
     for name, figure in PARTS["engine"](envs / "models" / "tiny", "cuda", envs):
         figures.setdefault(name, []).append(figure)
@@ -184,8 +181,7 @@ def test_ways_of_decoding_over_the_stand_in(monkeypatch, envs):
         used.clear()
     for shared in small.prefixes:
         assert seen[f"flat {shared}"] == {"graph"}
-        assert seen[f"flat without graphs {shared}"] == set()
-        assert seen[f"cascade {shared}"] == {"cascade"}
+        assert seen[f"cascade {shared}"] == {"graph", "cascade"}
     assert all(row.measured > 0 for row in rows(small, figures) if row.parts == ("engine",))
     assert figures["decode 4"][0]["decode"]["device_idle"] == 0.5
-    assert len(cascades(small, figures)) == 2
+    assert len(cascades(small, figures)) == 1

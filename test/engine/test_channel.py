@@ -1,12 +1,16 @@
 """The engine's side of the pipes."""
 
+import asyncio
 import multiprocessing
 import pickle
+import struct
 import threading
+import time
 
 import pytest
+import uvloop
 
-from simple_flashinfer.engine.channel import EngineFailure, ProcessEngineEnd
+from simple_flashinfer.engine.channel import EngineFailure, ProcessChannel, ProcessEngineEnd
 from simple_flashinfer.types import Abort, Add, EngineOutput, EngineStats, FinishReason, StepOutputs, TokenLogprobs
 from test.core.simulation import make_request
 
@@ -88,6 +92,34 @@ def test_a_failure_is_told_to_who_reads(pipes):
         read(quick, {})
     end.send(EngineFailure("lost"))
     assert quick.recv() == EngineFailure("lost")
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_messages_that_come_in_parts_are_read_whole(make_loop):
+    """More than a pipe takes comes so; uvloop watches a pipe its own way."""
+    ours, theirs = multiprocessing.Pipe()
+    channel, end = ProcessChannel(ours), ProcessEngineEnd([theirs])
+    message = StepOutputs([EngineOutput("a", list(range(20_000)), FinishReason.LENGTH)], EngineStats())
+
+    def send():
+        data = pickle.dumps(message)
+        theirs._send(struct.pack("!i", len(data)) + data[:100])
+        time.sleep(0.05)
+        theirs._send(data[100:])
+
+    async def exchange():
+        came = asyncio.get_running_loop().create_future()
+        channel.start(asyncio.get_running_loop(), came.set_result)
+        await asyncio.to_thread(send)
+        assert await came == message
+        channel.send(Add(make_request("a", [1] * 300_000)))  # the other way
+        await asyncio.sleep(0.05)
+        (add,) = await asyncio.to_thread(end.recv, True)
+        assert len(add.request.prompt_token_ids) == 300_000
+        await asyncio.to_thread(channel.close)
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(exchange())
 
 
 def test_an_output_crosses_whole():

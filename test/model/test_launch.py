@@ -95,8 +95,11 @@ def test_memory_for_a_step_is_not_the_cache_s(monkeypatch):
 
 def test_graphs_keep_their_logits_and_as_much_as_a_step_of_their_size():
     config = Config(cuda_graph=True, max_sequence=12, max_num_batched_tokens=64)
-    assert _graphs(config, 1 << 30, 2 * 1000) == (5, (1 + 2 + 4 + 8 + 16) * 2000 + (1 << 28))
-    assert _graphs(Config(cuda_graph=True, max_sequence=1), 1 << 20, 10) == (1, 10 + (1 << 20) // 2048)
+    cublas = 2 * (32 << 20)
+    assert _graphs(config, 1 << 30, 2 * 1000) == (5, 2 * (1 + 2 + 4 + 8 + 16) * 2000 + (1 << 28) + cublas)
+    for flat in ({"cascade": False}, {"prefix_caching": False}):
+        one = Config(cuda_graph=True, max_sequence=1, **flat)
+        assert _graphs(one, 1 << 20, 10) == (1, 10 + (1 << 20) // 2048 + cublas)
 
 
 @pytest.mark.parametrize(
