@@ -32,7 +32,8 @@ lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test-gpu: ## tests that need a CUDA device, with the Python that has torch for CUDA and flashinfer
-	@$(PYTHON) -m pytest test/attention test/model test/bench -m gpu -W ignore::pytest.PytestConfigWarning $(ARGS)
+	@$(PYTHON) -m pytest test/attention test/model test/bench -m gpu -W ignore::pytest.PytestConfigWarning \
+		-p test.gpu_report --gpu-report benchmark/results/gpu_tests.json $(ARGS)
 
 bench: $(STAMP) ## measure the daemon on this machine (4 minutes): benchmark/results/cpu, pics/latency.png, pics/throughput.png
 	@$(BIN)/python -m benchmark.standard $(ARGS)

@@ -56,7 +56,7 @@ def run(config: Config) -> None:
 
 
 def _num_front_ends(config: Config) -> int:
-    """One event loop streams some 15,000 tokens a second: enough for a CPU, not for a GPU."""
+    """One event loop streams 30,000 tokens a second, or more in larger pieces: enough for a CPU, not for a GPU."""
     if config.api_processes is None:
         gpu = config.device != "cpu" and Path("/proc/driver/nvidia").exists()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

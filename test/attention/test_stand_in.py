@@ -1,6 +1,11 @@
 """The stand-in takes what the library takes. No device is needed for it, only flashinfer itself."""
 
 import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ import torch
 from test.attention import fake_flashinfer
 from test.attention.recording import capture
 
+ROOT = Path(__file__).parents[2]
 NAMES = [
     "append_paged_kv_cache", "merge_state_in_place", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul",
     "apply_rope_with_cos_sin_cache", "sampling.top_k_renorm_probs", "sampling.top_p_renorm_probs",
@@ -41,6 +47,23 @@ def test_signatures_are_the_library_s(name):
         assert ours[parameter].default == theirs[parameter].default, parameter
     needed = {n for n, p in theirs.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
     assert needed <= ours.keys()
+
+
+def test_what_a_gpu_found_is_a_table_and_a_file(tmp_path):
+    """Where there is none: signatures can't be compared without the library."""
+    flags = ["-m", "gpu", "--noconftest", "-p", "test.gpu_report", "--gpu-report", str(tmp_path / "made" / "it.json")]
+    flags += ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+    command = [sys.executable, "-m", "pytest", f"{__file__}::test_signatures_are_the_library_s", *flags]
+    quick = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quick, capture_output=True, text=True, timeout=60, check=False)
+    found = json.loads((tmp_path / "made" / "it.json").read_text())
+    assert [test["test"].rpartition("[")[2] for test in found["tests"]] == [f"{name}]" for name in NAMES]
+    assert all(test["seconds"] > 0 for test in found["tests"])
+    outcomes = [[test["outcome"] for test in found["tests"]].count(outcome) for outcome in ("passed", "failed", "skipped")]
+    assert sum(outcomes) == len(NAMES)
+    assert done.returncode == bool(outcomes[1])
+    assert found["versions"].keys() >= {"python", "torch"}
+    assert done.stdout.splitlines()[-2].split()[:4] == ["all", *map(str, outcomes)]
 
 
 def test_a_recording_does_again_what_was_done_and_not_what_python_did():
