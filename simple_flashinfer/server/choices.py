@@ -173,8 +173,7 @@ class TextChoice:
 
 
 def text_logprobs(piece: Piece) -> list[TokenLogprobs]:
-    """Without the token that made the engine stop: it is no text."""
-    return piece.logprobs[:-1] if piece.finish_reason is FinishReason.STOP and not piece.text else piece.logprobs
+    return piece.logprobs[:-1] if piece.ends_unseen else piece.logprobs
 
 
 def finite(logprob: float) -> float:

@@ -33,6 +33,7 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    ends_unseen: bool = False  # its last token made the engine stop, and is no text
     num_cached_tokens: int | None = None  # with the first
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first, where asked for
     parsed: ParsedDelta = field(default_factory=ParsedDelta)  # where there is a parser: the text's parts
@@ -194,6 +195,7 @@ def _extend(
     if finish_reason is FinishReason.STOP and delta.stop_string is None:
         last = token_ids[-1]
         piece.stop_reason = last if last in params.stop_token_ids else None
+        piece.ends_unseen = not params.include_stop_str_in_output
     if parser is not None:
         piece.num_reasoning_tokens += delta.num_tokens * parser.out.in_reasoning
         parser.feed(delta.text, final=delta.finish_reason is not None)

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from simple_flashinfer.server.choices import text_logprobs
 from simple_flashinfer.server.service import Service
 from simple_flashinfer.text.tokenizer import Tokenizer
-from simple_flashinfer.types import EngineOutput, FinishReason, SamplingParams
+from simple_flashinfer.types import EngineOutput, FinishReason, SamplingParams, TokenLogprobs
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -57,3 +58,24 @@ async def test_an_answer_of_one_call_ends_with_it(tokenizer, size):
     assert sum(len(piece.token_ids) for piece in pieces) == num_tokens_until(tokenizer, text, '"Rome"}}')
     several = await pieces_of(tokenizer, text, size)
     assert {call.index for piece in several for call in piece.parsed.tool_calls} == {0, 1}
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+@pytest.mark.parametrize(("params", "unseen"), [({}, 1), ({"include_stop_str_in_output": True}, 0), ({"stop": ("ree",)}, 0)])
+async def test_a_token_that_is_no_text_has_no_logprobs_however_many_come_together(tokenizer, size, params, unseen):
+    ids = tokenizer.encode("One, two, three")
+    if "stop" not in params:
+        ids.append(tokenizer.eos_token_id)
+    entries = [TokenLogprobs(token, -1.0, 1) for token in ids]
+
+    async def generate(request):
+        for at in range(0, len(ids), size):
+            reason = FinishReason.STOP if at + size >= len(ids) and "stop" not in params else None
+            yield EngineOutput("0", ids[at : at + size], reason, logprobs=tuple(entries[at : at + size]))
+
+    service = Service(None, SimpleNamespace(generate=generate), tokenizer, None)
+    request = SimpleNamespace(params=SamplingParams(logprobs=0, **params))
+    pieces = [piece async for piece in service.generate(request)]
+    assert pieces[-1].finish_reason is FinishReason.STOP
+    assert sum(len(piece.logprobs) for piece in pieces) == len(ids)
+    assert [entry for piece in pieces for entry in text_logprobs(piece)] == entries[: len(ids) - unseen]
