@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import logging
 import multiprocessing
+import os
 import platform
 import signal
 import sys
@@ -429,3 +430,5 @@ def _engine_process(config: Config, path: str, connections: Sequence[Connection]
             connection.send(ready)
     if not isinstance(ready, str):
         serve(core, ProcessEngineEnd(connections), config.microsleep)
+    logging.shutdown()
+    os._exit(0)  # all is put away; torch's modules would take most of a second more

@@ -36,7 +36,7 @@ def test_training_learns_something_and_saves(tokenizer):
     torch.manual_seed(0)
     model, saved = make_model(tokenizer), []
     before = held_out_loss(model, tokenizer, "cpu")
-    train(model, tokenizer, "cpu", tokens=60_000, save=lambda: saved.append(1))
+    train(model, tokenizer, "cpu", tokens=30_000, save=lambda: saved.append(1))
     assert held_out_loss(model, tokenizer, "cpu") < before - 1
     assert len(saved) >= 9
 
