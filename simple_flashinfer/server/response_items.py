@@ -1,6 +1,7 @@
 """Items of the Responses API, as a client sends them, and the conversation that they make."""
 
 import uuid
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -40,8 +41,9 @@ class _Item(_Strict):
         """What is inside, with its place."""
         return []
 
+    @abstractmethod
     def as_json(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """As a response's input items are listed."""
 
 
 class _Message(_Item):

@@ -5,6 +5,7 @@ A field that is not listed here is refused by name, unless its value asks for no
 
 import dataclasses
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -126,8 +127,9 @@ class GenerationRequest(SamplingFields):
     def _token_limit(self) -> int | None:
         return self.max_tokens
 
+    @abstractmethod
     def _num_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """How many of the likeliest tokens to report with each; None for no log probabilities at all."""
 
     def _bias(self) -> tuple[tuple[int, float], ...]:
         try:
