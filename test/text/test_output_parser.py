@@ -396,6 +396,13 @@ def test_what_breaks_off_is_given_as_far_as_it_came(tool_format, data, content):
         assert said == answer
 
 
+@pytest.mark.parametrize("end", ["", "`", "``", "```", "```j", "```jso", "```json", "```json\n"])
+def test_a_fence_that_breaks_off_is_no_argument(end):
+    text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n"
+    _, _, ((name, arguments),) = parse(make("deepseek"), text + end)
+    assert (name, arguments) == ("f", "")
+
+
 FRAGMENTS = [
     *sorted({marker for name in TOOL_FORMATS for marker in markers(name, "think")}),
     *("<function=f>", "<parameter=s>", "<parameter=o>", "</parameter>", "function", "```json\n", "```", "f"),

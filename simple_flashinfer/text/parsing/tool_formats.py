@@ -19,6 +19,7 @@ from simple_flashinfer.text.parsing.source import Give, Reading, Source, ignore
 Schemas: TypeAlias = Mapping[str, Mapping[str, Any]]  # JSON schema of the arguments, by name of the tool
 
 NAME = re.compile(r"[\w.:/-]+")
+_FENCE, _LANGUAGE = re.compile(r"`+"), re.compile(r"[a-z]+")  # ```json
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
@@ -265,7 +266,8 @@ def read_deepseek(source: Source, out: Output, marker: str, schemas: Schemas) ->
             return
     announce(source, out, name)
     yield from source.space()
-    fence = yield from source.literal("```json", "```")
+    if fence := (yield from source.word(_FENCE)):  # or as much of it as came
+        yield from source.word(_LANGUAGE)
     yield from read_arguments(source, out.arguments)
     yield from close_call(source, out)
     if fence:
