@@ -393,7 +393,7 @@ def test_what_breaks_off_is_given_as_far_as_it_came(tool_format, data, content):
         assert name == true_name
         assert true_arguments.startswith(arguments) or '"{' in text  # arguments in a string may break off in an escape
     if not got:
-        assert said == answer
+        assert said.lstrip() == answer.lstrip()  # spaces before what may be a call are no content
 
 
 @pytest.mark.parametrize("end", ["", "`", "``", "```", "```j", "```jso", "```json", "```json\n"])
